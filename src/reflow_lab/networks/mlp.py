@@ -1,0 +1,21 @@
+"""An MLP for points, such as the 2-D toys."""
+
+import torch
+from torch import Tensor, nn
+
+from .embedding import Conditioning
+
+
+class MLP(nn.Module):
+    """F(x, t, label): (n, dim) to the same shape; `num_layers` hidden layers of `width`."""
+
+    def __init__(self, dim: int, num_classes: int = 0, width: int = 128, num_layers: int = 3, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.dim, self.num_classes = dim, num_classes
+        self.conditioning = Conditioning(64, num_classes)
+        sizes = [dim + 64] + [width] * num_layers
+        hidden = [nn.Sequential(nn.Linear(a, b), nn.SiLU(), nn.Dropout(dropout)) for a, b in zip(sizes, sizes[1:], strict=False)]
+        self.layers = nn.Sequential(*hidden, nn.Linear(width, dim))
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        return self.layers(torch.cat((x, self.conditioning(t, label)), dim=1))

@@ -1,0 +1,30 @@
+"""A raw network F as a velocity: EDM's preconditioning in the flow's own variables."""
+
+from torch import Tensor, nn
+
+from ..flow import append_dims
+
+
+class Preconditioned(nn.Module):
+    """v(x, t) = x (t - (1-t) sd^2) / S(t)^2 - (sd / S(t)) F(x / S(t), t), with S(t)^2 = t^2 + (1-t)^2 sd^2.
+
+    This is EDM's D = c_skip y + c_out F(c_in y) at y = x / (1-t), sigma = t / (1-t), solved for v = (x - D) / t
+    [derived; tested against EDM's form]: the first term is the velocity of data N(0, sd^2), and nothing is 0/0 at either end.
+    A `MeanVelocity` at s = t only: these networks take no second time.
+    """
+
+    def __init__(self, network: nn.Module, sigma_data: float = 0.5) -> None:
+        super().__init__()
+        self.network, self.sigma_data = network, sigma_data
+
+    def forward(
+        self, x_t: Tensor, t: Tensor, s: Tensor | None = None, *, label: Tensor | None = None, lam_guid: Tensor | None = None
+    ) -> Tensor:
+        if s is not None:
+            raise TypeError("this network is a velocity: it takes no second time s")
+        t = t.expand(len(x_t)).to(x_t.dtype)
+        shaped = append_dims(t, x_t)
+        variance = shaped**2 + ((1 - shaped) * self.sigma_data) ** 2
+        scale = variance.rsqrt()
+        residual = self.network(x_t * scale, t, label if getattr(self.network, "num_classes", 0) else None)
+        return x_t * ((shaped - (1 - shaped) * self.sigma_data**2) / variance) - self.sigma_data * scale * residual.to(x_t.dtype)
