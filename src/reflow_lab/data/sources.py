@@ -1,0 +1,80 @@
+"""What a data source is, and what the sources share: splits that never change, and errors of one line."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import UserError, require
+from ..noise import Indices, permutation
+from .sets import ImageSet, PointSet
+
+SPLITS = ("train", "reference", "floor")  #: to learn from; to measure against; real samples measured like generated ones
+SPLIT_SEED = 0  #: splits belong to the data, not to a run: no configuration changes them
+
+
+class DataSource(Protocol):
+    """A data set with named splits, read at first use and kept. Constructors touch no disk."""
+
+    @property
+    def channels(self) -> int:
+        """Channels of an image; of a point, its dimension."""
+        ...
+
+    @property
+    def resolution(self) -> int:
+        """Height and width of an image; of a point, 1."""
+        ...
+
+    @property
+    def num_classes(self) -> int:
+        """Labels are 0 .. num_classes - 1; 0: unlabelled."""
+        ...
+
+    def split(self, name: str) -> ImageSet | PointSet:
+        """The split `train`, `reference` or `floor`."""
+        ...
+
+
+def require_split(name: str) -> None:
+    """Raise a `UserError` unless `name` is one of SPLITS."""
+    require(name in SPLITS, "split", name, f"must be one of {', '.join(SPLITS)}")
+
+
+def require_facts(data: str, given: dict[str, int], facts: dict[str, int]) -> None:
+    """Raise a `UserError` if a configuration contradicts what a data set is: facts are keys only for others to interpolate."""
+    for key, value in facts.items():
+        require(given[key] == value, f"data.{key}", given[key], f"{data} has {value}")
+
+
+def partition(strata: NDArray[np.int64], fractions: Sequence[float], stream: str) -> list[Indices]:
+    """Cut range(len(strata)) into disjoint parts that hold the given fractions of every stratum (rounded down at each cut).
+
+    Each part is in random order, strata mixed; all is a function of `stream` and the strata alone.
+    """
+    order = permutation(SPLIT_SEED, stream, len(strata))
+    cuts = np.cumsum(fractions)[:-1]
+    part = np.empty(len(strata), np.int64)
+    for stratum in np.unique(strata):
+        members = order[strata[order] == stratum]
+        ends = np.floor(cuts * len(members) + 1e-9)
+        part[members] = np.searchsorted(ends, np.arange(len(members)), side="right")
+    return [_shuffled(np.flatnonzero(part == number), f"{stream}/part{number}") for number in range(len(fractions))]
+
+
+def _shuffled(indices: Indices, stream: str) -> Indices:
+    return indices[permutation(SPLIT_SEED, stream, len(indices))]
+
+
+@contextmanager
+def reading(where: str, what: str) -> Iterator[None]:
+    """Turn whatever a decoder raises on foreign bytes into a one-line `UserError` that says where they are."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{where}: not a readable {what} ({reason})") from error
