@@ -1,0 +1,111 @@
+"""From noise to images and back: a velocity, a grid and a solver put together (INF)."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..errors import require
+from ..flow import T_MAX, T_MIN, MeanVelocity
+from .grids import Grid, ascending
+from .solvers import Callback, Solver
+
+
+class CountCalls:
+    """A velocity that counts: `calls` of the wrapped one, and `samples` in them."""
+
+    def __init__(self, velocity: MeanVelocity) -> None:
+        self.velocity = velocity
+        self.calls = 0
+        self.samples = 0
+
+    def __call__(
+        self, x_t: Tensor, t: Tensor, s: Tensor | None = None, *, label: Tensor | None = None, lam_guid: Tensor | None = None
+    ) -> Tensor:
+        """The wrapped velocity's answer."""
+        self.calls += 1
+        self.samples += len(x_t)
+        return self.velocity(x_t, t, s, label=label, lam_guid=lam_guid)
+
+    def nfe(self, num_samples: int) -> float:
+        """Calls a sample, for num_samples made in whatever batches."""
+        return self.samples / num_samples
+
+
+def sampling_times(solver: Solver, grid: Grid, nfe: int, t_max: float = T_MAX) -> Tensor:
+    """The times from t_max down to 0 at which the solver spends nfe calls, float64 (N + 1,)."""
+    _check(nfe, t_max)
+    return grid(solver.num_steps(nfe, t_max, 0.0), t_max)
+
+
+def inversion_times(solver: Solver, grid: Grid, nfe: int, t_max: float = T_MAX) -> Tensor:
+    """The times from T_MIN up to t_max at which the solver spends nfe calls, float64 (N + 1,)."""
+    _check(nfe, t_max)
+    return ascending(grid, solver.num_steps(nfe, T_MIN, t_max), t_max)
+
+
+def batches(
+    x: Tensor, label: Tensor | None = None, batch_size: int | None = None
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """The samples in batches of at most batch_size (None: all at once): where they lie in x, they, their labels."""
+    require(batch_size is None or batch_size >= 1, "batch_size", batch_size, "an integer of at least 1")
+    size = batch_size or max(len(x), 1)
+    for start in range(0, len(x), size):
+        part = slice(start, start + size)
+        yield part, x[part], None if label is None else label[part]
+
+
+def sample(
+    velocity: MeanVelocity,
+    x1: Tensor,
+    *,
+    solver: Solver,
+    grid: Grid,
+    nfe: int,
+    t_max: float = T_MAX,
+    label: Tensor | None = None,
+    batch_size: int | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Images x0 from noise x1 ~ N(0, I), (n, ...), by nfe calls of the velocity (a backward pair is (x0, x1)).
+
+    Starts from t_max x1. label (n,) goes to the velocity; the networks are used in the mode and on the device they are in.
+    UserError: nfe is not an integer >= 1, t_max is outside (0, 1], or grid or solver cannot do it.
+    """
+    times = sampling_times(solver, grid, nfe, t_max)
+    x0 = torch.empty_like(x1)  # made outside inference mode, so that it can take part in training later
+    with torch.inference_mode():
+        for part, x, y in batches(x1, label, batch_size):
+            x0[part] = solver(velocity, t_max * x, times, label=y, nfe=nfe, callback=callback)
+    return x0
+
+
+def invert(
+    velocity: MeanVelocity,
+    x0: Tensor,
+    *,
+    solver: Solver,
+    grid: Grid,
+    nfe: int,
+    t_max: float = T_MAX,
+    label: Tensor | None = None,
+    batch_size: int | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Noise x1 from images x0, (n, ...), by nfe calls of the velocity: a forward pair is (x0, x1), its data exact.
+
+    Starts at T_MIN (sigma 0.002) from (1 - T_MIN) x0, where x / (1 - t) is the image, and ends with x_{t_max} / t_max, from which
+    `sample` goes back. Errors as in `sample`.
+    """
+    times = inversion_times(solver, grid, nfe, t_max)
+    x1 = torch.empty_like(x0)
+    with torch.inference_mode():
+        for part, x, y in batches(x0, label, batch_size):
+            x1[part] = solver(velocity, (1 - T_MIN) * x, times, label=y, nfe=nfe, callback=callback) / t_max
+    return x1
+
+
+def _check(nfe: int, t_max: float) -> None:
+    whole = isinstance(nfe, int) and not isinstance(nfe, bool)
+    require(whole and nfe >= 1, "nfe", nfe, "an integer of at least 1")
+    require(isinstance(t_max, int | float) and 0 < t_max <= 1, "t_max", t_max, "a number in (0, 1]")
