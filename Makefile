@@ -1,0 +1,35 @@
+PYTHON ?= python
+LAB ?= $(PYTHON) -m reflow_lab.cli
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all lint type bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+install: ## install the package, editable, with everything the tests need
+	$(PYTHON) -m pip install -e ".[dev]"
+
+demo: ## ReFlow at work on real images: the ladder of improvements as a table, in outputs/demo
+	$(LAB) study study=quickstart outputs=outputs
+
+test: lint type ## what has to pass: lint, types and the tests (one process per core)
+	$(PYTHON) -m pytest -n auto -m "not slow and not gpu"
+
+test-all: lint type ## the slow tests as well, and those for a GPU where there is one
+	$(PYTHON) -m pytest -n auto
+
+lint: ## style and formatting
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+type: ## static types
+	$(PYTHON) -m mypy
+
+bench: ## our training step and sampler against bare loops
+	$(LAB) bench train
+	$(LAB) bench sample
+
+clean: ## remove caches and built packages; outputs/ stays
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,205 @@
+"""The command `reflow-lab VERB ...`. It starts light: a verb's module, and with it torch, is imported only when the verb runs."""
+
+import contextlib
+import difflib
+import functools
+import importlib
+import importlib.metadata
+import io
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from reflow_lab.errors import UserError
+from reflow_lab.paths import conf_dir
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A word of the command line, and the function `module:name` that does it."""
+
+    target: str
+    summary: str
+    is_hydra: bool = True
+
+    def load(self) -> Callable[..., Any]:
+        """The function: it takes the composed configuration, or, where the verb is no Hydra application, the remaining words."""
+        module, name = self.target.split(":")
+        return getattr(importlib.import_module(module), name)
+
+
+VERBS = {
+    "train": Verb("reflow_lab.training.train:train", "train a base flow or a ReFlow; the same command again resumes"),
+    "pairs": Verb("reflow_lab.lrn.pairs:pairs", "draw pairs of noise and image from a velocity into a pair store"),
+    "evaluate": Verb("reflow_lab.evaluation.evaluate:evaluate", "measure a trained flow at few steps"),
+    "sample": Verb("reflow_lab.inf.sample:sample", "draw images from a trained flow"),
+    "study": Verb("reflow_lab.studies.study:study", "run every row of a study and print its table"),
+    "bench": Verb("reflow_lab.bench:main", "time training and sampling against bare loops", is_hydra=False),
+}
+
+EXAMPLES = """\
+  reflow-lab study study=quickstart                                       the ladder of improvements, as `make demo` runs it
+  reflow-lab train experiment=quickstart dyn=improved dyn/time=uniform    any subset of the improvements
+  reflow-lab train -m experiment=quickstart dyn=baseline,improved         a sweep
+  reflow-lab evaluate experiment=quickstart inf=improved nfe=1,2,4,9      one run at several step counts
+  reflow-lab train --cfg job                                              the configuration, without running"""
+
+
+def help_text() -> str:
+    """What `reflow-lab --help` prints."""
+    verbs = "\n".join(f"  {name:10}{verb.summary}" for name, verb in VERBS.items())
+    return f"""\
+usage: reflow-lab VERB [key=value ...] [group=member ...] [Hydra's options]
+
+Fast flow models: ReFlow and its improvements, from one command.
+
+verbs:
+{verbs}
+
+examples:
+{EXAMPLES}
+
+  reflow-lab VERB --help     what a verb can be told
+  reflow-lab --version
+  eval "$(reflow-lab -sc install=bash)"     tab completion (also install=zsh, install=fish)
+  REFLOW_LAB_DEBUG=1 shows the traceback behind a one-line error"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status: 0, 2 after a user's mistake (one line on stderr), 130 after ctrl-C."""
+    args = sys.argv[1:] if argv is None else list(argv)
+    try:
+        _dispatch(args)
+    except KeyboardInterrupt:
+        return _complain("interrupted", 130)
+    except Exception as error:
+        line = _explain(error, args)
+        if line is None:
+            raise
+        if os.environ.get("REFLOW_LAB_DEBUG") == "1":
+            traceback.print_exc()
+        return _complain(line, 2)
+    return 0
+
+
+def _complain(line: str, status: int) -> int:
+    print(f"reflow-lab: {line}", file=sys.stderr)
+    return status
+
+
+def _explain(error: Exception, args: Sequence[str]) -> str | None:
+    if isinstance(error, UserError):
+        return str(error)
+    if "hydra" not in sys.modules:
+        return None
+    from reflow_lab.hydra_errors import explain
+
+    return explain(error, *args[:1], overrides=args[1:])
+
+
+def _dispatch(args: list[str]) -> None:
+    word, rest = (args[0], args[1:]) if args else ("--help", [])
+    if word in ("-h", "--help"):
+        print(help_text())
+    elif word == "--version":
+        print(f"reflow-lab {importlib.metadata.version('reflow_lab')}")
+    elif word in ("-sc", "--shell-completion"):
+        _complete(rest)
+    elif word not in VERBS:
+        raise UserError(_unknown_verb(word))
+    elif VERBS[word].is_hydra:
+        run_hydra(word, rest)
+    else:
+        VERBS[word].load()(rest)
+
+
+def _unknown_verb(word: str) -> str:
+    near = difflib.get_close_matches(word, VERBS, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"the verbs are {', '.join(VERBS)}"
+    return f"{word}: no such verb; {hint}"
+
+
+def run_hydra(name: str, args: Sequence[str]) -> None:
+    """Run the verb as the Hydra application whose primary configuration is conf/<name>.yaml."""
+    import hydra
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors instead of printing them, so that `main` can word them
+    _quiet_user_errors()
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)  # a user's `_target_: my_module.MySolver`; last, so that nothing installed is shadowed
+    before = sys.argv
+    command = [before[0], name, *args]
+    sys.argv = [before[0], *_options_first(args)]
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(_task(name, command))()
+    finally:
+        sys.argv = before
+
+
+def _task(name: str, command: list[str]) -> Callable[[Any], Any]:
+    def task(cfg: Any) -> Any:
+        sys.argv = command  # Lightning starts the other processes of a run by repeating sys.argv: the verb must be in it
+        try:
+            return VERBS[name].load()(cfg)
+        except Exception as error:  # worded here: a launcher may carry it from another process, without its cause
+            line = _explain(error, command[1:])
+            if line is None or isinstance(error, UserError):
+                raise
+            raise UserError(line) from error
+
+    return task
+
+
+def _refuse(message: str) -> NoReturn:
+    raise UserError(f"{message} (reflow-lab VERB --hydra-help lists the options)")
+
+
+def _options_first(args: Sequence[str]) -> list[str]:
+    """Hydra's parser wants options and overrides apart, and answers a wrong option with its whole usage: mend both."""
+    from hydra._internal.utils import get_args_parser
+
+    parser = get_args_parser()
+    parser.error = _refuse  # type: ignore[method-assign]
+    overrides = parser.parse_intermixed_args(args).overrides
+    return [word for word in args if word not in overrides] + overrides
+
+
+@functools.cache
+def _quiet_user_errors() -> None:
+    """Hydra prints a line of its own before it raises a job's error; a user error says all in its one line."""
+    from hydra.core.utils import JobReturn
+
+    hydras: Any = JobReturn.return_value
+
+    def value(job: Any) -> Any:
+        if isinstance(job._return_value, UserError):
+            raise job._return_value
+        return hydras.fget(job)
+
+    JobReturn.return_value = property(value, hydras.fset)  # type: ignore[method-assign, assignment]
+
+
+def _complete(args: list[str]) -> None:
+    """Tab completion. The shell calls the command without its verb and gives the line typed so far as COMP_LINE."""
+    if not any(word.startswith("query=") for word in args):
+        return run_hydra("train", ["-sc", *args])  # install, uninstall: the same for every verb
+    typed = re.match(r"\s*\S+\s+(?P<verb>\S*)(?P<rest>\s.*)?$", os.environ.get("COMP_LINE", ""))
+    if typed is None:
+        return None
+    if typed["rest"] is None:
+        return print("\n".join(name for name in VERBS if name.startswith(typed["verb"])))
+    if typed["verb"] in VERBS and VERBS[typed["verb"]].is_hydra:
+        os.environ["COMP_LINE"] = f"reflow-lab{typed['rest']}"
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(Exception, SystemExit):  # no word in the prompt
+            run_hydra(typed["verb"], ["-sc", *args])
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
