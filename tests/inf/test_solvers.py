@@ -185,6 +185,17 @@ def test_keeps_type_and_input(solver: Solver, dtype: torch.dtype) -> None:
     assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("solver", [*FIXED, Adaptive(1e-3, 1e-3)], ids=repr)
+def test_a_velocity_of_lower_precision_is_accumulated_in_that_of_x(solver: Solver) -> None:
+    def velocity(x_t: Tensor, t: Tensor, s: object = None, *, label: object = None, lam_guid: object = None) -> Tensor:
+        return DATA.velocity(x_t, t).bfloat16()
+
+    x, grid = 0.9 * noise().float(), Uniform()(4, 0.9)
+    low = solver(velocity, x, grid)
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low, solver(DATA, x, grid), rtol=0, atol=0.03)
+
+
 def test_float32_agrees_with_float64() -> None:
     grid = Sigmoid(20)(20, T_MAX)
     single = DPM()(DATA, (T_MAX * noise()).float(), grid)

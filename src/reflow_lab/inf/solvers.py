@@ -87,7 +87,7 @@ class FixedStep(ABC):
         """Carry x, (n, ...), float32 or float64, over the grid; the velocity sees t as (n,) of x's type."""
 
         def field(x: Tensor, t: float) -> Tensor:
-            return velocity(x, x.new_full((len(x),), t), label=label)
+            return velocity(x, x.new_full((len(x),), t), label=label).to(x.dtype)  # a network in bfloat16 answers in it
 
         times = grid.tolist()
         for i, rule in enumerate(self.rules(x, times, nfe)):
@@ -239,7 +239,7 @@ class Adaptive:
         from torchdiffeq import odeint  # here, since it loads scipy, which takes longer than `reflow-lab --help` may
 
         def field(t: Tensor, x: Tensor) -> Tensor:
-            return velocity(x, t.expand(len(x)), label=label)
+            return velocity(x, t.expand(len(x)), label=label).to(x.dtype)
 
         times = self._times(grid, every=callback is not None).to(x.device)
         options = {"step_t": times[-1:]}  # without it the last step would look beyond the end
