@@ -1,0 +1,85 @@
+"""Intervals: over noise by the bootstrap, over training seeds by Student's t.
+
+Resamples are keyed by (seed, resample index) and nothing else, so that whatever was computed from the same noise is
+resampled alike: student and teacher, one rung and the next. An effect's interval then comes from two stored vectors.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.stats import t as student_t
+from torch import Tensor
+
+from .. import noise
+
+Z95 = 1.959963984540054
+
+
+class Interval(NamedTuple):
+    """A value, its standard deviation (error) and the ends of its 95 % interval."""
+
+    value: float
+    std: float
+    low: float
+    high: float
+
+
+def resample_indices(num_samples: int, num_resamples: int, seed: int) -> Tensor:
+    """The samples each resample draws with replacement, int64 (num_resamples, num_samples)."""
+    uniform = noise.uniform(seed, "bootstrap", np.arange(num_resamples), num_samples)
+    return (uniform * num_samples).long().clamp(max=num_samples - 1)
+
+
+@functools.lru_cache(maxsize=2)
+def _excess(num_samples: int, num_resamples: int, seed: int) -> Tensor:
+    """How often a resample draws each sample, less one, over num_samples: float64 (num_resamples, num_samples)."""
+    indices = resample_indices(num_samples, num_resamples, seed)
+    counts = torch.zeros(indices.shape, dtype=torch.float64).scatter_add_(1, indices, torch.ones(indices.shape).double())
+    return (counts - 1) / num_samples
+
+
+def bootstrap(statistic: Callable[[Tensor], float], num_samples: int, num_resamples: int, seed: int) -> Tensor:
+    """`statistic` of each resample's indices (int64, num_samples), float64 (num_resamples,): for what has no influence."""
+    values = [statistic(indices) for indices in resample_indices(num_samples, num_resamples, seed)]
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def linear_bootstrap(value: float, influence: Tensor, num_resamples: int, seed: int) -> Tensor:
+    """Bootstrap values of a statistic, float64 (num_resamples,), to first order in the samples' weights.
+
+    influence: (n,), the statistic's derivative by each sample's relative weight; what matters is its difference from its
+    mean. For a mean it is the values themselves, and the result is exact. For a Fréchet distance (`Reference.influence`)
+    it costs one eigendecomposition for all resamples, and lacks the plain bootstrap's upward bias from duplicates. Checked
+    on Lite0 features (d = 1280) of damaged CIFAR-10 against the spread over disjoint sets of n = 2,500: to the data 4.4 for
+    4.3, to the teacher 3.6 for 3.7, a difference of rows 4.1 for 4.5, close to the floor 1.8 for 1.3 (too wide). With
+    n < d it is too narrow: 7.8 for 13 at n = 500.
+    """
+    centred = influence.double().cpu() - influence.double().mean().cpu()
+    return value + _excess(len(influence), num_resamples, seed) @ centred
+
+
+def mean_bootstrap(values: Tensor, num_resamples: int, seed: int) -> Tensor:
+    """Bootstrap values of the mean of per-sample values (n,), float64 (num_resamples,)."""
+    return linear_bootstrap(float(values.double().mean()), values, num_resamples, seed)
+
+
+def interval(value: float, resampled: Tensor) -> Interval:
+    """value +- 1.96 standard deviations of its resampled values: centred on the value, whatever the resamples' bias."""
+    std = float(resampled.double().std())
+    return Interval(value, std, value - Z95 * std, value + Z95 * std)
+
+
+def difference(value_a: float, resampled_a: Tensor, value_b: float, resampled_b: Tensor) -> Interval:
+    """The interval of a - b, from values of the same resamples: what both share through the noise cancels."""
+    return interval(value_a - value_b, resampled_a.double() - resampled_b.double())
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """The mean over training seeds with its 95 % t interval; std is that of the mean. One value has no interval: NaN."""
+    num, mean = len(values), float(np.mean(values))
+    std = float(np.std(values, ddof=1)) / num**0.5 if num > 1 else float("nan")
+    half = float(student_t.ppf(0.975, num - 1)) * std if num > 1 else float("nan")
+    return Interval(mean, std, mean - half, mean + half)
