@@ -168,7 +168,7 @@ MISTAKES = {
     "member": (["train", "inf/solver=dmp"], "inf/solver=dmp: no such member; did you mean dpm? available: dpm, heun"),
     "number for a member": (["train", "inf/solver=3"], "Config group override must be a string or a list. Got int"),
     "two mistakes": (["train", "sed=1", "nfee=2"], "sed=1: no such key; did you mean seed?"),
-    "bare word": (["train", "foo"], "foo: not an override; write key=value or group=member ("),
+    "bare word": (["train", "foo"], "foo: not an override; write key=value or group=member (missing EQUAL at '<EOF>')"),
     "option": (["train", "--foo"], "unrecognized arguments: --foo (reflow-lab VERB --hydra-help lists the options)"),
     "sweep": (["train", "nfe=1,2"], "nfe=1,2: several values are a sweep: add -m, or write a list as key=[a,b]"),
     "range": (["train", "nfe=range(3)"], "nfe=range(3): several values are a sweep: add -m"),
@@ -271,6 +271,7 @@ def test_nearest():
     assert nearest("inf.solver.rr", names) == ["inf.solver.r"]
     assert nearest("inf.slover.r", names)[0] == "inf.solver.r"
     assert nearest("inf/slover", names) == ["inf/solver"]
+    assert nearest("r", {"training.r", "dyn", "ra"}) == ["training.r"]
     assert nearest("nothing.alike", names) == []
 
 

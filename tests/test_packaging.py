@@ -35,7 +35,7 @@ def built(tmp_path_factory):
 
 
 def installation(folder, *what):
-    """A fresh environment with the dependencies of this one, but not its reflow_lab: a .pth file that a .pth file leads to is not read."""
+    """A fresh environment with the dependencies of this one, but not its reflow_lab: no .pth file leads to another."""
     call(sys.executable, "-m", "venv", "--without-pip", folder)
     (folder / SITE / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     quiet = ("--quiet", "--disable-pip-version-check", "--no-warn-script-location")

@@ -46,7 +46,7 @@ EXAMPLES = """\
   reflow-lab study study=quickstart                                       the ladder of improvements, as `make demo` runs it
   reflow-lab train experiment=quickstart dyn=improved dyn/time=uniform    any subset of the improvements
   reflow-lab train -m experiment=quickstart dyn=baseline,improved         a sweep
-  reflow-lab evaluate experiment=quickstart inf=improved nfe=1,2,4,9      one run at several step counts
+  reflow-lab evaluate -m run=FOLDER inf=baseline,improved nfe=1,2,4,9     one run at several step counts
   reflow-lab train --cfg job                                              the configuration, without running"""
 
 

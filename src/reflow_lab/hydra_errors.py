@@ -34,7 +34,7 @@ def explain(error: BaseException, verb: str = "train", *, overrides: Sequence[st
         case MissingConfigException():
             return _missing_member(error)
         case OverrideParseException():
-            return f"{error.override}: not an override; write key=value or group=member ({_first_line(error)})"
+            return f"{error.override}: not an override; write key=value or group=member ({_reason(error)})"
         case ConfigCompositionException():
             return _composition(error, verb, overrides)
         case ConfigKeyError() | ConfigAttributeError():
@@ -54,6 +54,12 @@ def _flat(text: object) -> str:
 
 def _first_line(error: object) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _reason(error: OverrideParseException) -> str:
+    """The parser's own words, without the echo of the line, the caret below it and the address of the manual."""
+    lines = [line for line in str(error).splitlines() if "^" not in line and not line.startswith("See https")]
+    return lines[-1]
 
 
 def _raised_by_hydra(error: BaseException) -> bool:
@@ -118,7 +124,7 @@ def _existing_parent(key: str, names: set[str]) -> str:
 
 
 def nearest(key: str, names: Collection[str]) -> list[str]:
-    """At most three names that a misspelt key may mean: siblings, else alike as a whole, else in the last part (training.lr)."""
+    """At most three names that a misspelt key may mean: siblings; training.lr for lr; alike as a whole, or in the last part."""
     parent, _, last = key.rpartition(".")
     if parent in names:
         siblings = {name.removeprefix(f"{parent}."): name for name in names if name.startswith(f"{parent}.")}
@@ -126,7 +132,12 @@ def nearest(key: str, names: Collection[str]) -> list[str]:
     candidates = sorted(name for name in names if "/" in name or "/" not in key)
     tails = {name: re.split(r"[./]", name)[-1] for name in candidates}
     meant = difflib.get_close_matches(re.split(r"[./]", key)[-1], set(tails.values()), n=1, cutoff=0.75)
-    return difflib.get_close_matches(key, candidates, cutoff=0.75) or [name for name in candidates if tails[name] in meant][:3]
+    same_tail = [name for name in candidates if tails[name] == key]
+    return (
+        same_tail
+        or difflib.get_close_matches(key, candidates, cutoff=0.75)
+        or [name for name in candidates if tails[name] in meant][:3]
+    )
 
 
 def _known_names(verb: str, overrides: Sequence[str], *, with_hydra: bool) -> set[str]:
