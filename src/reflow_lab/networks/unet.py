@@ -86,7 +86,9 @@ class UNet(nn.Module):
         self.stem = nn.Conv2d(in_channels * patch**2, channels, 3, padding=1)
         self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
         for below, width in zip([channels, *widths], widths, strict=False):
-            self.encoder.append(nn.ModuleList(ResBlock(below if i == 0 else width, width, dim, dropout) for i in range(num_blocks)))
+            self.encoder.append(
+                nn.ModuleList(ResBlock(below if i == 0 else width, width, dim, dropout) for i in range(num_blocks))
+            )
             self.decoder.insert(0, nn.ModuleList(ResBlock(2 * width, width, dim, dropout) for _ in range(num_blocks)))
         self.downs = nn.ModuleList(nn.Conv2d(w, w, 3, stride=2, padding=1) for w in widths[:-1])
         self.ups = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths[:0:-1], widths[-2::-1], strict=True))

@@ -1,0 +1,50 @@
+"""The verb `sample`: images from a trained flow, as a picture or an array."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from PIL import Image
+from torch import Tensor
+
+from .. import api, parts
+from ..artifacts import write_atomically
+from ..data.sets import to_uint8
+from ..errors import require
+from ..networks.precision import InPrecision
+
+
+def sample(cfg: DictConfig) -> Path:
+    """Draw `num_images` of `run` with inf's solver and grid at `nfe`, and write them to `out` (.png or .npz)."""
+    parts.check(cfg)
+    out = Path(cfg.out)
+    require(out.suffix in (".png", ".npz"), "out", out, "must end in .png (a grid) or .npz (an array)")
+    flow = api.load(parts.require_run(cfg.run), cfg.profile)
+    flow.velocity = InPrecision(flow.velocity, cfg.precision)
+    settings = {"solver": instantiate(cfg.inf.solver), "grid": instantiate(cfg.inf.grid), "nfe": cfg.nfe, "seed": cfg.seed}
+    made = api.sample(flow.to(parts.device(cfg)), cfg.num_images, t_max=cfg.t_max, **settings)
+    require(out.suffix == ".npz" or made.ndim == 4, "out", out, "points are no picture: write an .npz")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, lambda p: picture(to_uint8(made)).save(p, "png") if out.suffix == ".png" else save_array(made, p))
+    print(f"{cfg.num_images} samples: {out}")
+    return out
+
+
+def picture(images: Tensor, columns: int | None = None) -> Image.Image:
+    """A grid of images, uint8 (n, c, h, w), row by row."""
+    n, c, h, w = images.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    blank = torch.zeros(rows * columns - n, c, h, w, dtype=torch.uint8)
+    tiles = torch.cat((images, blank)).reshape(rows, columns, c, h, w).permute(0, 3, 1, 4, 2).reshape(rows * h, columns * w, c)
+    return Image.fromarray(tiles.squeeze(-1).numpy())
+
+
+def save_array(samples: Tensor, path: Path) -> None:
+    """Images as uint8 (n, h, w, c), the field's layout, or points as floats, under the key `samples`."""
+    array = to_uint8(samples).permute(0, 2, 3, 1) if samples.ndim == 4 else samples
+    with path.open("wb") as file:
+        np.savez(file, samples=array.numpy())

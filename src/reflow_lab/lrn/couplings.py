@@ -1,0 +1,132 @@
+"""Improvement 5: the joint distribution of (x0, x1) that a flow is trained on.
+
+A coupling is stateless in everything but the training step: `batch(step)` is a pure function, so a resumed run sees the
+same batches. `Mixture` is what a configuration names; opened on its sources it becomes a coupling.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.sets import SampleSet
+from ..errors import require
+from ..noise import Indices, batch_indices, normal
+
+KINDS = ("independent", "backward", "forward")  #: what a mixture may hold
+
+
+class Batch(NamedTuple):
+    """Pairs: x0 data and x1 noise, (n, ...) float32; label (n,) int64 or None."""
+
+    x0: Tensor
+    x1: Tensor
+    label: Tensor | None
+
+
+class Coupling(Protocol):
+    """Draws of (x0, x1, label), a pure function of the step."""
+
+    def batch(self, step: int) -> Batch:
+        """The global batch of a training step."""
+        ...
+
+
+class Pairs(Protocol):
+    """Random access to stored or derivable pairs: `PairStore`, or `IndependentPairs`."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: Indices, position: int) -> Batch:
+        """The pairs of these indices; `position` is the global number of the first sample drawn."""
+        ...
+
+
+@dataclass(frozen=True)
+class IndependentPairs:
+    """An image with fresh noise each time it is drawn: the coupling of a base flow."""
+
+    images: SampleSet
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, indices: Indices, position: int) -> Batch:
+        """x1 is keyed by the sample's position in training, not by its image."""
+        x0, label = self.images.take(indices)
+        positions = np.arange(position, position + len(indices))
+        return Batch(x0, normal(self.seed, "coupling/independent", positions, self.images.shape).to(x0.device), label)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """A coupling that visits rows [first, first + size) of its pairs in fresh random orders, `batch_size` a step."""
+
+    pairs: Pairs
+    name: str
+    batch_size: int
+    seed: int
+    first: int
+    size: int
+
+    def batch(self, step: int) -> Batch:
+        """See `Coupling`."""
+        rows = batch_indices(self.seed, f"coupling/{self.name}", step, self.batch_size, self.size)
+        return self.pairs.read(self.first + rows, step * self.batch_size)
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Several couplings side by side in one batch."""
+
+    parts: tuple[Coupling, ...]
+
+    def batch(self, step: int) -> Batch:
+        """See `Coupling`; parts without labels must not meet parts with them."""
+        x0, x1, label = zip(*(part.batch(step) for part in self.parts), strict=True)
+        labels = None if any(y is None for y in label) else torch.cat(label)
+        return Batch(torch.cat(x0), torch.cat(x1), labels)
+
+
+def shares(weights: Mapping[str, float], batch_size: int) -> dict[str, int]:
+    """Whole numbers of samples a batch, in proportion to the weights, by largest remainder; they add up to the batch."""
+    total = sum(weights.values())
+    exact = {kind: batch_size * weight / total for kind, weight in weights.items()}
+    counts = {kind: int(value) for kind, value in exact.items()}
+    by_remainder = sorted(exact, key=lambda kind: counts[kind] - exact[kind])
+    for kind in by_remainder[: batch_size - sum(counts.values())]:
+        counts[kind] += 1
+    return {kind: count for kind, count in counts.items() if count}
+
+
+class Mixture:
+    """A weighted mixture of the kinds of pairs (Simple ReFlow, LRN); the paper's ratio is unknown, so the weights are to be swept.
+
+    The weights need not add up to one. A batch holds each kind in proportion, rounded to whole samples.
+    """
+
+    def __init__(self, independent: float = 0, backward: float = 0, forward: float = 0) -> None:
+        given = dict(zip(KINDS, (independent, backward, forward), strict=True))
+        for kind, weight in given.items():
+            require(weight >= 0, kind, weight, "a weight must be at least 0")
+        self.weights = {kind: weight for kind, weight in given.items() if weight > 0}
+        require(bool(self.weights), "coupling", given, f"at least one of {', '.join(KINDS)} must be positive")
+
+    def open(self, sources: Mapping[str, Pairs], batch_size: int, seed: int, num_heldout: int) -> tuple[Coupling, Coupling]:
+        """The coupling to train on and one of `num_heldout` pairs kept out of it (the last of every source)."""
+        counts, heldout = shares(self.weights, batch_size), shares(self.weights, num_heldout)
+        for kind, count in counts.items():
+            room = len(sources[kind]) - heldout.get(kind, 0)
+            allowed = f"takes {count} {kind} samples a batch, but only {room} can be had beside the held-out ones"
+            require(count <= room, "training.batch_size", batch_size, allowed)
+
+        def draws(kind: str, count: int, first: int, size: int) -> Draws:
+            return Draws(sources[kind], kind, count, seed, first, size)
+
+        train = [draws(k, c, 0, len(sources[k]) - heldout.get(k, 0)) for k, c in counts.items()]
+        held = [draws(k, c, len(sources[k]) - c, c) for k, c in heldout.items()]
+        return Mixed(tuple(train)), Mixed(tuple(held))

@@ -1,0 +1,99 @@
+"""Weight files: safetensors that say which network they belong to."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from ..artifacts import file_hash, write_atomically
+from ..errors import UserError, bad_value
+
+NETWORKS = "reflow_lab.networks."  #: the only place that a file's `_target_` may name
+
+
+def save(network: nn.Module, path: Path, description: dict[str, Any], dtype: torch.dtype | None = None) -> None:
+    """Write a network's weights with its description (key `net`: the configuration that builds it), atomically.
+
+    `dtype` stores the floating-point tensors in another precision; they are read back as float32.
+    """
+    state = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
+    state = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in state.items()}
+    metadata = {"reflow_lab": json.dumps(description, sort_keys=True)}
+    write_atomically(path, lambda p: save_file(state, p, metadata))
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """The description of a weight file."""
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {})["reflow_lab"])
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; a run folder or a .safetensors file of reflow_lab is wanted") from None
+    except (SafetensorError, KeyError, OSError, ValueError) as error:
+        raise UserError(f"{path}: not a whole weight file of reflow_lab ({str(error)[:80]})") from None
+
+
+def find(source: str | Path, profile: str | None = None) -> Path:
+    """The weight file that a run folder or a file name means; `package:NAME` names one that ships with the package.
+
+    In a run folder `profile` picks among raw and the averages; by default the average with the longest half-life.
+    """
+    if str(source).startswith("package:"):
+        return Path(__file__).parents[1] / "data" / "weights" / str(source).removeprefix("package:")
+    path = Path(source)
+    if not path.is_dir():
+        return path
+    files = {p.stem: p for p in sorted((path / "weights").glob("*.safetensors"))}
+    if not files or not (path / "done.json").exists():
+        raise UserError(f"{path}: holds no finished training run; repeat its train command to resume it")
+    default = max((name for name in files if name != "raw"), key=lambda n: float(n.removeprefix("ema")), default="raw")
+    name = profile or default
+    if name not in files:
+        raise bad_value("profile", name, f"allowed: {', '.join(files)}")
+    return files[name]
+
+
+def load(path: Path) -> nn.Module:
+    """Build the network that a weight file describes and load its weights, float32, in evaluation mode."""
+    net = describe(path)["net"]
+    targets = [value for key, value in _items(net) if key == "_target_"]
+    if foreign := [t for t in targets if not str(t).startswith(NETWORKS)]:
+        raise UserError(f"{path}: names {foreign[0]}, but a weight file may build only {NETWORKS}*")
+    network = instantiate(net)
+    load_into(network, path)
+    return network.eval()
+
+
+def load_into(network: nn.Module, path: Path, key: str = "path") -> None:
+    """Copy a file's weights into a network; a difference in names or shapes is a user's error that lists at most ten."""
+    describe(path)
+    with safe_open(path, "pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    own = network.state_dict()
+    differing = sorted(n for n in {*own, *state} if n not in own or n not in state or own[n].shape != state[n].shape)
+    if differing:
+        shown = ", ".join(differing[:10]) + (", ..." if len(differing) > 10 else "")
+        raise bad_value(key, path, f"these weights do not fit the network; {len(differing)} tensors differ: {shown}")
+    network.load_state_dict(state)
+
+
+def weights_hash(path: Path) -> str:
+    """The content hash by which later stages name these weights."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file; a run folder or a .safetensors file of reflow_lab is wanted")
+    return file_hash(path)[:16]
+
+
+def _items(value: Any) -> Any:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield key, item
+            yield from _items(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _items(item)

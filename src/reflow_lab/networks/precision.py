@@ -1,0 +1,28 @@
+"""A velocity in the chosen precision."""
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import require
+
+AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16}  #: Lightning's names
+
+
+def require_precision(precision: str) -> None:
+    """Raise a `UserError` unless the precision is one of AUTOCAST."""
+    require(precision in AUTOCAST, "precision", precision, f"allowed: {', '.join(AUTOCAST)}")
+
+
+class InPrecision(nn.Module):
+    """Call a velocity under autocast, as training under the same `precision` does; float32 in and out."""
+
+    def __init__(self, velocity: nn.Module, precision: str) -> None:
+        super().__init__()
+        require_precision(precision)
+        self.velocity, self.dtype = velocity, AUTOCAST[precision]
+
+    def forward(
+        self, x_t: Tensor, t: Tensor, s: Tensor | None = None, *, label: Tensor | None = None, lam_guid: Tensor | None = None
+    ) -> Tensor:
+        with torch.autocast(x_t.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
+            return self.velocity(x_t, t, s, label=label, lam_guid=lam_guid).to(x_t.dtype)

@@ -1,0 +1,167 @@
+"""A run's life: bars, log lines, checkpoints, ctrl-C, and an end before the weights are lost to NaN."""
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
+from lightning.pytorch.utilities import rank_zero_only
+
+from ..artifacts import write_atomically
+from ..errors import UserError
+from ..progress import Bar
+from .module import FlowModule
+
+
+class Steps:
+    """An endless loader without content: the module derives each batch from its step."""
+
+    def __iter__(self) -> Iterator[int]:
+        while True:
+            yield 0
+
+
+class DurableCheckpoints(TorchCheckpointIO):
+    """Checkpoints written beside their target, synced and renamed: the previous one stays until the next is whole."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """See `CheckpointIO`."""
+        write_atomically(Path(path), lambda p: torch.save(checkpoint, p))
+
+
+class JSONLines(Logger):
+    """Metrics as JSON lines, one dictionary a call; on resume the lines after the checkpoint are cut."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    @property
+    def name(self) -> str:
+        """See `Logger`."""
+        return "jsonl"
+
+    @property
+    def version(self) -> str:
+        """See `Logger`."""
+        return ""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Path:
+        """See `Logger`."""
+        return self.path
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """The configuration is a file of its own."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Append one line."""
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    @rank_zero_only
+    def cut_back(self, step: int) -> None:
+        """Drop the lines after `step`, and a last line that was cut short."""
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        write_atomically(self.path, lambda p: p.write_text("".join(line + "\n" for line in kept)))
+
+
+class Report(L.Callback):
+    """A progress bar, and every `every_kimg` a log line; stops the run when the loss is no longer finite."""
+
+    def __init__(self, description: str, every_kimg: float) -> None:
+        self.description, self.every_kimg = description, every_kimg
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Show the bar."""
+        assert isinstance(pl_module, FlowModule)
+        seen = trainer.global_step * pl_module.batch_size
+        self.bar = Bar(self.description, trainer.max_steps * pl_module.batch_size, "images", seen)
+        self.bar.__enter__()
+        self.clock, self.step = time.monotonic(), trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Advance the bar; log when the step crosses a multiple of the interval, and at the last step."""
+        assert isinstance(pl_module, FlowModule)
+        crossed = pl_module.kimg // self.every_kimg > (pl_module.kimg - pl_module.batch_size / 1000) // self.every_kimg
+        if crossed or trainer.global_step == trainer.max_steps:
+            self._log(trainer, pl_module)
+        self.bar.advance(pl_module.batch_size)
+
+    def _log(self, trainer: L.Trainer, module: FlowModule) -> None:
+        losses, now = module.losses, time.monotonic()
+        metrics = {
+            "loss": losses.total.mean().item(),
+            "loss_unweighted": losses.raw.mean().item(),
+            "gradient_norm": module.gradient_norm.item(),
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "kimg": module.kimg,
+            "images_per_s": (trainer.global_step - self.step) * module.batch_size / max(now - self.clock, 1e-9),
+        }
+        self.clock, self.step = now, trainer.global_step
+        require_finite(metrics, trainer)
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, trainer.global_step)
+        self.bar.advance(0, f"loss {metrics['loss_unweighted']:.3g}")
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Close the bar."""
+        self.bar.__exit__()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Close the bar."""
+        if hasattr(self, "bar"):
+            self.bar.__exit__()
+
+
+def require_finite(metrics: dict[str, float], trainer: L.Trainer) -> None:
+    """Raise a `UserError` if a loss or gradient is NaN or infinite; the last checkpoint is from before that."""
+    bad = [k for k in ("loss", "loss_unweighted", "gradient_norm") if not abs(metrics[k]) < float("inf")]
+    if bad:
+        raise UserError(
+            f"{bad[0]}={metrics[bad[0]]} at step {trainer.global_step}: training stopped; the last checkpoint is good. Try a lower training.lr or a training.gradient_clip"
+        )
+
+
+class Checkpoints(L.Callback):
+    """One checkpoint, replaced every `every_s` seconds, at the end and on ctrl-C: the first signal lets the step finish, then saves."""
+
+    def __init__(self, path: Path, every_s: float) -> None:
+        self.path, self.every_s = path, every_s
+        self.interrupted = False
+
+    def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take over SIGINT and SIGTERM."""
+        self.previous = {number: signal.signal(number, self._ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.saved = time.monotonic()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Save when it is time, and stop when asked."""
+        assert isinstance(pl_module, FlowModule)
+        if self.interrupted:
+            trainer.should_stop = True
+        if self.interrupted or time.monotonic() - self.saved > self.every_s:
+            if not (pl_module.losses.raw.isfinite().all() and pl_module.gradient_norm.isfinite()):
+                return  # the report will end this run; keep the last good state
+            trainer.save_checkpoint(self.path)
+            self.saved = time.monotonic()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        for number, handler in getattr(self, "previous", {}).items():
+            signal.signal(number, handler)

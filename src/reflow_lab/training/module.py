@@ -1,0 +1,77 @@
+"""Training a flow: the same module for a base flow and a ReFlow, which differ in coupling and start."""
+
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from ..dyn.objective import Losses, Objective
+from ..lrn.couplings import Batch, Coupling
+from ..noise import uniform
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Move a batch."""
+    x0, x1, label = batch
+    return Batch(x0.to(device), x1.to(device), None if label is None else label.to(device))
+
+
+class FlowModule(L.LightningModule):
+    """velocity + objective (DYN) + coupling (LRN): one step draws pairs and times, keyed by the step, and returns the loss.
+
+    `batch_size` is the global one. What else acts on training (dropout, averages, diagnostics) is a callback.
+    """
+
+    losses: Losses  #: of the last step, for whoever logs or guards
+    gradient_norm: Tensor  #: of the last step, before clipping
+
+    def __init__(
+        self,
+        velocity: nn.Module,
+        objective: Objective,
+        coupling: Coupling,
+        *,
+        batch_size: int,
+        lr: float,
+        seed: int,
+        betas: tuple[float, float] = (0.9, 0.999),
+        warmup_kimg: float = 0,
+        gradient_clip: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.velocity, self.objective, self.coupling = velocity, objective, coupling
+        self.batch_size, self.seed, self.lr, self.betas = batch_size, seed, lr, betas
+        self.warmup_steps = max(1, round(warmup_kimg * 1000 / batch_size))
+        self.gradient_clip = float("inf") if gradient_clip is None else gradient_clip
+
+    @property
+    def kimg(self) -> float:
+        """Thousands of samples seen."""
+        return self.global_step * self.batch_size / 1000
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The mean weighted loss of step `global_step`; the loader's item is ignored, since batches are keyed by the step."""
+        step = self.global_step
+        torch.manual_seed((self.seed << 32) + step)  # dropout's masks, too, are a function of the step
+        x0, x1, label = to_device(self.coupling.batch(step), self.device)
+        positions = np.arange(step * self.batch_size, step * self.batch_size + len(x0))
+        u = uniform(self.seed, "training/times", positions)[:, 0].to(self.device)
+        self.losses = self.objective(self.velocity, x0, x1, u, label)
+        return self.losses.total.mean()
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Adam with linear warm-up; a learned loss weight is a second parameter group with its own rate."""
+        groups: list[dict[str, Any]] = [{"params": list(self.velocity.parameters())}]
+        if learned := list(self.objective.parameters()):
+            groups.append({"params": learned, "lr": self.objective.weight.lr})
+        optimizer = Adam(groups, lr=self.lr, betas=self.betas, fused=True)
+        schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / self.warmup_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(self, optimizer: Optimizer, *_: Any, **__: Any) -> None:
+        """Clip the velocity's gradient to the norm `gradient_clip`, and keep its norm for the log."""
+        self.gradient_norm = nn.utils.clip_grad_norm_(self.velocity.parameters(), self.gradient_clip)

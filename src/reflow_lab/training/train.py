@@ -1,0 +1,184 @@
+"""The verb `train`: a base flow or a ReFlow, from a configuration to a folder of weights."""
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from .. import parts
+from ..artifacts import Artifact, artifact
+from ..dyn.objective import Objective
+from ..errors import UserError, require
+from ..lrn import pairs
+from ..lrn.couplings import IndependentPairs, Pairs
+from ..networks import files
+from ..networks.precision import InPrecision
+from .diagnostics import ByTime
+from .ema import EMA
+from .lifecycle import Checkpoints, DurableCheckpoints, JSONLines, Report, Steps
+from .module import FlowModule
+
+VERSION = 1  #: of the recipe: increment when the same configuration means another result
+CONFIG_KEYS = ("net", "dyn", "lrn", "training", "seed", "t_max", "precision")  #: what changes the weights
+
+
+def train(cfg: DictConfig) -> Path:
+    """Train what the configuration describes, or go on with it, or return at once if it is done; the run's folder."""
+    parts.check(cfg)
+    made = plan(cfg)
+    with made.locked():
+        if not made.is_done():
+            made.begin()
+            OmegaConf.save(cfg, made.folder / "config.yaml", resolve=True)
+            fit(cfg, made)
+            made.finish()
+    print(f"run: {made.folder}")
+    return made.folder
+
+
+def plan(cfg: DictConfig) -> Artifact:
+    """The artifact of a run: the configuration that changes it, and the hashes of data, start and pairs."""
+    source = parts.data_source(cfg)
+    kinds = instantiate(cfg.lrn.coupling).weights if cfg.training.total_kimg else {}
+    inputs: dict[str, Any] = {
+        "data": source.split("train").content_hash,
+        "pairs": {kind: pairs.plan(cfg, kind).key for kind in kinds if kind != "independent"},
+        "start": None if cfg.training.start == "scratch" else files.weights_hash(start_file(cfg)),
+    }
+    return artifact(cfg.outputs, "train", VERSION, config={key: parts.plain(cfg[key]) for key in CONFIG_KEYS}, inputs=inputs)
+
+
+def start_file(cfg: DictConfig) -> Path:
+    """The weights that `training.start` means: the teacher's, or a run folder's or a file's."""
+    start = cfg.training.start
+    return parts.teacher(cfg).path if start == "teacher" else files.find(start)
+
+
+def start(cfg: DictConfig) -> nn.Module:
+    """The network at its starting point."""
+    network = parts.network(cfg)
+    if cfg.training.start != "scratch":
+        key = "teacher.path" if cfg.training.start == "teacher" else "training.start"
+        files.load_into(network, start_file(cfg), key)
+    return network
+
+
+def sources(cfg: DictConfig, kinds: dict[str, float]) -> dict[str, Pairs]:
+    """Every kind of pair that the coupling asks for, its store generated first where it is missing."""
+    images = parts.data_source(cfg).split("train").to(parts.device(cfg))
+    made: dict[str, Pairs] = {kind: pairs.ensure(cfg, kind) for kind in kinds if kind != "independent"}
+    return made | {"independent": IndependentPairs(images, cfg.seed)} if "independent" in kinds else made
+
+
+def steps(cfg: DictConfig) -> int:
+    """Training steps that see `training.total_kimg` thousand samples."""
+    return round(cfg.training.total_kimg * 1000 / cfg.training.batch_size)
+
+
+def fit(cfg: DictConfig, made: Artifact) -> None:
+    """Run the training and write the weights; raises `KeyboardInterrupt`, with everything saved, when it was interrupted."""
+    network = start(cfg)
+    ema = EMA(cfg.training.ema_halflives_mimg)
+    if total := steps(cfg):
+        optimise(cfg, made.folder, network, ema, total)
+    write_weights(cfg, made.folder, network, ema)
+    (made.folder / "last.ckpt").unlink(missing_ok=True)
+
+
+def optimise(cfg: DictConfig, folder: Path, network: nn.Module, ema: EMA, total: int) -> None:
+    """`total` steps on the network, with everything that acts on or watches them."""
+    options, mixture = cfg.training, instantiate(cfg.lrn.coupling)
+    coupling, heldout = mixture.open(sources(cfg, mixture.weights), options.batch_size, cfg.seed, options.num_heldout)
+    objective = Objective(instantiate(cfg.dyn.time), instantiate(cfg.dyn.metric), instantiate(cfg.dyn.weight))
+    velocity = prepared(network, cfg)
+    names = ("batch_size", "lr", "betas", "warmup_kimg", "gradient_clip")
+    module = FlowModule(velocity, objective, coupling, seed=cfg.seed, **{name: options[name] for name in names})
+    checkpoint, lines = folder / "last.ckpt", JSONLines(folder / "metrics.jsonl")
+    checkpoints = Checkpoints(checkpoint, cfg.trainer.checkpoint_every_s)
+    watching = [ByTime(heldout, cfg.trainer.diagnostics_every_kimg), Report(cfg.name or folder.name, cfg.trainer.log_every_kimg)]
+    trainer = quiet_trainer(
+        accelerator=cfg.trainer.accelerator,
+        devices=cfg.trainer.devices,
+        max_steps=total,
+        logger=[lines, *loggers(cfg, folder)],
+        callbacks=[instantiate(cfg.lrn.dropout), ema, *watching, checkpoints],  # checkpoints last: they hold what the others did
+        plugins=[DurableCheckpoints()],
+        default_root_dir=folder,
+    )
+    resume = checkpoint if checkpoint.exists() else None
+    lines.cut_back(checkpoint_step(checkpoint) if resume else 0)
+    trainer.fit(module, Steps(), ckpt_path=resume, weights_only=True)
+    if trainer.global_step < total:
+        print(f"stopped at step {trainer.global_step} of {total}, saved; the same command goes on")
+        raise KeyboardInterrupt
+
+
+def prepared(network: nn.Module, cfg: DictConfig) -> InPrecision:
+    """The network in its precision and memory format, compiled if asked; its parameters' names stay as they are."""
+    if cfg.training.channels_last:
+        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if cfg.training.compile:
+        network.compile()
+    return InPrecision(network, cfg.precision).train()
+
+
+def quiet_trainer(**settings: Any) -> L.Trainer:
+    """A Lightning trainer that leaves bars, checkpoints and advice to us."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")
+    return L.Trainer(
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        use_distributed_sampler=False,
+        **settings,
+    )
+
+
+def loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
+    """The configured logger beside the JSON lines: Weights & Biases, with the run's key as its id."""
+    if cfg.logger is None or cfg.logger.get("_target_") is None:
+        return []
+    logger = instantiate(cfg.logger, save_dir=str(folder), id=folder.name, name=cfg.name or folder.name, resume="allow")
+    logger.log_hyperparams(parts.plain(cfg))
+    return [logger]
+
+
+def checkpoint_step(path: Path) -> int:
+    """The step of a checkpoint; a damaged file is a user's error that names it."""
+    try:
+        return int(torch.load(path, weights_only=True, mmap=True)["global_step"])
+    except Exception as error:
+        raise UserError(f"{path}: damaged checkpoint ({str(error)[:60]}); delete it to train this run again") from None
+
+
+def write_weights(cfg: DictConfig, folder: Path, network: nn.Module, ema: EMA) -> None:
+    """Every profile as safetensors under weights/: the raw weights first, each average after them."""
+    description = {
+        "net": parts.plain(cfg.net),
+        "shape": list(parts.sample_shape(parts.data_source(cfg))),
+        "num_classes": parts.net_classes(cfg),
+        "t_max": cfg.t_max,
+        "kimg": cfg.training.total_kimg,
+        "name": cfg.name,
+    }
+    (folder / "weights").mkdir(exist_ok=True)
+    network.to("cpu")
+    files.save(network, folder / "weights" / "raw.safetensors", {**description, "profile": "raw"})
+    for name in ema.averages:
+        ema.copy_to(name, network)
+        files.save(network, folder / "weights" / f"{name}.safetensors", {**description, "profile": name})
+
+
+def run_config(folder: Path) -> DictConfig:
+    """The resolved configuration of a finished run."""
+    require((folder / "config.yaml").exists(), "run", folder, "must be a run folder that `train` made")
+    return OmegaConf.load(folder / "config.yaml")  # type: ignore[return-value]
