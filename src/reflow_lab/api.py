@@ -27,6 +27,7 @@ class Flow(nn.Module):
     def forward(
         self, x_t: Tensor, t: Tensor, s: Tensor | None = None, *, label: Tensor | None = None, lam_guid: Tensor | None = None
     ) -> Tensor:
+        """F(x_t, t, s); see `MeanVelocity`."""
         return self.velocity(x_t, t, s, label=label, lam_guid=lam_guid)
 
 
@@ -54,18 +55,18 @@ def sample(
 ) -> Tensor:
     """Samples, float32 (num_images, *velocity.shape) on the CPU; images are in [-1, 1].
 
-    `nfe` calls of the velocity a sample, by default with the improved INF: DPM-Solver(r = 0.4) on the sigmoid grid, from the flow's
-    own t_max. Noise is keyed by (seed, index): the first images of a larger call are the same. `label` (num_images,) for a conditional
-    flow, by default uniform over the classes. Raises `UserError` if nfe < 1 or t_max is outside (0, 1].
+    `nfe` calls of the velocity a sample, by default with the improved INF: DPM-Solver(r = 0.4) on the sigmoid grid, from the
+    flow's own t_max. Noise is keyed by (seed, index): the first images of a larger call are the same. `label` (num_images,)
+    for a conditional flow, by default uniform over the classes. Raises `UserError` if nfe < 1 or t_max is outside (0, 1].
     """
     require(num_images >= 1, "num_images", num_images, "must be at least 1")
     device = next(velocity.parameters()).device
     if label is None:
         label = pair_labels(seed, np.arange(num_images), velocity.num_classes)
+    start = velocity.t_max if t_max is None else t_max
     made = []
     for chunk in np.split(np.arange(num_images), range(batch_size, num_images, batch_size)):
         x1 = pair_noise(seed, chunk, velocity.shape).to(device)
-        settings = {"solver": solver or DPM(), "grid": grid or Sigmoid(), "t_max": t_max or velocity.t_max}
         y = None if label is None else label[torch.from_numpy(chunk)].to(device)
-        made.append(integrate(velocity, x1, nfe=nfe, label=y, **settings).cpu())
+        made.append(integrate(velocity, x1, solver=solver or DPM(), grid=grid or Sigmoid(), nfe=nfe, t_max=start, label=y).cpu())
     return torch.cat(made)

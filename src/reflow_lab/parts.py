@@ -1,5 +1,7 @@
 """From a composed configuration to the parts that the verbs put together."""
 
+import functools
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,13 @@ def device(cfg: DictConfig) -> torch.device:
 
 
 def data_source(cfg: DictConfig) -> DataSource:
-    """The data set; nothing is read yet."""
-    return instantiate(cfg.data)
+    """The data set, one object for one configuration, so that its images are read once; nothing is read yet."""
+    return _data_source(json.dumps(plain(cfg.data), sort_keys=True))
+
+
+@functools.lru_cache(maxsize=4)
+def _data_source(config: str) -> DataSource:
+    return instantiate(json.loads(config))
 
 
 def network(cfg: DictConfig) -> nn.Module:
@@ -40,17 +47,17 @@ def network(cfg: DictConfig) -> nn.Module:
 
 def check(cfg: DictConfig) -> None:
     """Raise a `UserError` for values that no constructor sees."""
-    for key, low in (
-        ("training.batch_size", 1),
-        ("training.num_heldout", 1),
-        ("training.total_kimg", 0),
-        ("training.warmup_kimg", 0),
-    ):
+    for key, low in (("training.batch_size", 1), ("training.num_heldout", 1), ("nfe", 1), ("seed", 0)):
         value = OmegaConf.select(cfg, key)
-        require(isinstance(value, int | float) and value >= low, key, value, f"must be a number of at least {low}")
-    require(cfg.training.lr > 0, "training.lr", cfg.training.lr, "must be positive")
-    require(isinstance(cfg.seed, int) and cfg.seed >= 0, "seed", cfg.seed, "must be an integer of at least 0")
-    require(isinstance(cfg.nfe, int) and cfg.nfe >= 1, "nfe", cfg.nfe, "must be an integer of at least 1")
+        require(isinstance(value, int) and value >= low, key, value, f"must be a whole number of at least {low}")
+    for key in ("training.total_kimg", "training.warmup_kimg"):
+        value = OmegaConf.select(cfg, key)
+        require(isinstance(value, int | float) and value >= 0, key, value, "must be a number of at least 0")
+    for key in ("training.lr", "training.gradient_clip", "trainer.log_every_kimg", "trainer.diagnostics_every_kimg"):
+        value = OmegaConf.select(cfg, key)
+        off = value is None and key == "training.gradient_clip"
+        require(off or (isinstance(value, int | float) and value > 0), key, value, "must be a positive number")
+    require(cfg.seed < 2**31, "seed", cfg.seed, "must be below 2^31")
     require(isinstance(cfg.t_max, int | float) and 0 < cfg.t_max <= 1, "t_max", cfg.t_max, "must lie in (0, 1]")
     require_precision(cfg.precision)
 

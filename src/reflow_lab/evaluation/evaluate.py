@@ -204,7 +204,7 @@ def flow_straightness(cfg: DictConfig, run: Teacher) -> float:
 def measure(cfg: DictConfig, run: Teacher) -> tuple[dict[str, Any], Tensor, dict[str, list[float]]]:
     """The metrics of a cell, its first samples, and the bootstrap values by which cells are compared."""
     drawn, name = draw(cfg, run), distance_name(cfg)
-    require(bool(drawn.x0.isfinite().all()), "run", cfg.run, "made NaN or infinite samples")
+    require(bool(drawn.x0.isfinite().all()), "run", run.path, "made NaN or infinite samples")
     found, resamples = features(cfg, drawn.x0), Resamples(cfg)
     real, floor = reference(cfg)
     resamples.distance(name, real.linearise(found))
