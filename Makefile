@@ -11,7 +11,7 @@ install: ## install the package, editable, with everything the tests need
 	$(PYTHON) -m pip install -e ".[dev]"
 
 demo: ## ReFlow at work on real images: the ladder of improvements as a table, in outputs/demo
-	$(LAB) study study=quickstart outputs=outputs
+	$(LAB) study study=quickstart out=outputs/demo
 
 test: lint type ## what has to pass: lint, types and the tests (one process per core)
 	$(PYTHON) -m pytest -n auto -m "not slow and not gpu"
