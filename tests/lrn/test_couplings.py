@@ -1,0 +1,143 @@
+import numpy as np
+import pytest
+import torch
+
+from reflow_lab.data.sets import PointSet
+from reflow_lab.errors import UserError
+from reflow_lab.lrn.couplings import Batch, Draws, IndependentPairs, Mixture, shares
+
+SEED = 4
+
+
+class Numbered:
+    """Pairs that say who they are: x0 = (kind, index)."""
+
+    def __init__(self, kind, size, labelled=True):
+        self.kind, self.size, self.labelled = kind, size, labelled
+
+    def __len__(self):
+        return self.size
+
+    def read(self, indices, position):
+        where = torch.from_numpy(indices)
+        x0 = torch.stack((torch.full_like(where, self.kind), where), dim=1).float()
+        return Batch(x0, -x0, where if self.labelled else None)
+
+
+SOURCES = {"independent": Numbered(0, 50), "backward": Numbered(1, 40), "forward": Numbered(2, 30)}
+
+
+@pytest.mark.parametrize(
+    ("weights", "batch", "expected"),
+    [
+        ({"a": 1}, 7, {"a": 7}),
+        ({"a": 0.5, "b": 0.5}, 7, {"a": 4, "b": 3}),
+        ({"a": 1, "b": 1, "c": 1}, 10, {"a": 4, "b": 3, "c": 3}),
+        ({"a": 47, "b": 16, "c": 15.8, "d": 12, "e": 6.1, "f": 3.1}, 10, {"a": 5, "b": 2, "c": 1, "d": 1, "e": 1}),
+        ({"a": 0.999, "b": 0.001}, 8, {"a": 8}),
+        ({"a": 3, "b": 1}, 8, {"a": 6, "b": 2}),
+    ],
+)
+def test_shares_by_largest_remainder(weights, batch, expected):
+    assert shares(weights, batch) == expected
+
+
+def test_shares_add_up_and_stay_within_one():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        weights = dict(zip("abc", rng.random(3) * rng.integers(1, 10, 3), strict=True))
+        batch = int(rng.integers(1, 600))
+        counts = shares(weights, batch)
+        assert sum(counts.values()) == batch
+        total = sum(weights.values())
+        assert all(abs(counts.get(k, 0) - batch * w / total) < 1 for k, w in weights.items())
+
+
+def opened(batch=12, heldout=6, **weights):
+    return Mixture(**weights).open(SOURCES, batch, SEED, heldout)
+
+
+def kinds(batch):
+    return torch.bincount(batch.x0[:, 0].long(), minlength=3).tolist()
+
+
+def test_a_mixture_holds_its_shares_in_every_batch():
+    train, heldout = opened(independent=1, backward=2, forward=3)
+    assert all(kinds(train.batch(step)) == [2, 4, 6] for step in range(20))
+    assert kinds(heldout.batch(0)) == [1, 2, 3]
+
+
+def test_the_parts_of_a_pair_stay_together():
+    batch = opened(backward=1, forward=1)[0].batch(3)
+    assert torch.equal(batch.x1, -batch.x0) and torch.equal(batch.label, batch.x0[:, 1].long())
+
+
+def test_a_batch_is_a_function_of_the_step():
+    train, again = (opened(independent=1, backward=1)[0] for _ in range(2))
+    forwards = [train.batch(step).x0 for step in range(8)]
+    for step in reversed(range(8)):
+        assert torch.equal(again.batch(step).x0, forwards[step])
+    assert not torch.equal(forwards[0], forwards[1])
+    other = Mixture(independent=1, backward=1).open(SOURCES, 12, SEED + 1, 6)[0]
+    assert not torch.equal(other.batch(0).x0, forwards[0])
+
+
+def test_held_out_rows_are_never_trained_on_and_all_others_are():
+    train, heldout = opened(batch=9, heldout=7, backward=2, forward=1)
+    rows = {tuple(row) for step in range(40) for row in train.batch(step).x0.tolist()}
+    kept = {tuple(row) for row in heldout.batch(0).x0.tolist()}
+    assert not rows & kept and len(kept) == 7
+    everything = {(1.0, float(i)) for i in range(40)} | {(2.0, float(i)) for i in range(30)}
+    assert rows | kept == everything
+
+
+def test_every_epoch_visits_every_pair_once():
+    train = opened(batch=5, heldout=5, backward=1)[0]
+    drawn = torch.cat([train.batch(step).x0[:, 1] for step in range(7)])
+    assert sorted(drawn.tolist()) == list(range(35))
+
+
+def test_a_batch_larger_than_the_data_is_refused():
+    assert opened(batch=36, heldout=4, backward=1)[0].batch(0).x0.shape == (36, 2)
+    with pytest.raises(UserError, match=r"training\.batch_size=37: takes 37 backward samples a batch, but only 36"):
+        opened(batch=37, heldout=4, backward=1)
+    with pytest.raises(UserError, match=r"training\.batch_size=90: takes 45 forward"):
+        opened(batch=90, heldout=4, independent=1, forward=1)
+
+
+def test_labels_are_dropped_where_a_part_has_none():
+    sources = SOURCES | {"forward": Numbered(2, 30, labelled=False)}
+    assert Mixture(backward=1, forward=1).open(sources, 8, SEED, 4)[0].batch(0).label is None
+
+
+@pytest.mark.parametrize("weights", [{}, {"backward": -1, "forward": 2}])
+def test_bad_weights_are_refused(weights):
+    with pytest.raises(UserError, match=r"coupling=.*positive|backward=-1: a weight must be at least 0"):
+        Mixture(**weights)
+
+
+def points(n=30):
+    return PointSet(torch.arange(2.0 * n).reshape(n, 2), torch.arange(n), "points", "points")
+
+
+def test_an_image_gets_fresh_noise_each_time_and_keeps_its_label():
+    coupling = Draws(IndependentPairs(points(), SEED), "independent", 30, SEED, 0, 30)
+    first, second = coupling.batch(0), coupling.batch(1)
+    order = [batch.label.argsort() for batch in (first, second)]
+    assert torch.equal(first.x0[order[0]], second.x0[order[1]])
+    assert not (first.x1[order[0]] == second.x1[order[1]]).any()
+    assert torch.equal(first.x0, points().take(first.label)[0])
+
+
+def test_independent_noise_is_standard_and_independent_of_the_image():
+    pairs = IndependentPairs(points(), SEED)
+    x0, x1, _ = pairs.read(np.arange(20_000) % 30, 0)
+    assert x1.mean().item() == pytest.approx(0, abs=0.02) and x1.std().item() == pytest.approx(1, abs=0.02)
+    assert abs(torch.corrcoef(torch.stack((x0[:, 0], x1[:, 0])))[0, 1]) < 0.03
+
+
+def test_cutting_a_batch_in_two_changes_nothing():
+    pairs, indices = IndependentPairs(points(), SEED), np.arange(12)
+    whole = pairs.read(indices, 100)
+    halves = [pairs.read(indices[:5], 100), pairs.read(indices[5:], 105)]
+    assert torch.equal(torch.cat([half.x1 for half in halves]), whole.x1)

@@ -1,0 +1,128 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from reflow_lab.data.sets import ImageSet
+from reflow_lab.errors import UserError
+from reflow_lab.lrn.store import (
+    PairStore,
+    noise_check,
+    pair_labels,
+    pair_noise,
+    shard_name,
+    write_manifest,
+    write_shard,
+)
+
+SHAPE, SEED = (1, 4, 4), 5
+COUNTS = [4, 4, 2]
+
+
+def images(n=12):
+    pixels = torch.arange(n * 16).reshape(n, *SHAPE).to(torch.uint8)
+    return ImageSet(pixels, torch.arange(n) % 3, "images")
+
+
+def make(folder, kind="backward", dtype="float32", num_classes=0):
+    values = torch.linspace(-1, 1, 10 * 16).reshape(10, *SHAPE)
+    for i, part in enumerate(values.split(4)):
+        write_shard(folder / shard_name(i), part, dtype)
+    provenance = {"kind": kind, "count": 10, "shape": list(SHAPE), "num_classes": num_classes, "seed": SEED, "dtype": dtype}
+    write_manifest(folder, provenance, COUNTS)
+    return PairStore(folder, images() if kind == "forward" else None), values
+
+
+def test_backward_noise_is_regenerated_from_seed_and_index(tmp_path):
+    store, values = make(tmp_path)
+    indices = np.array([9, 0, 3, 4, 3])
+    x0, x1, label = store.read(indices)
+    assert torch.equal(x0, values[torch.from_numpy(indices)]) and label is None
+    assert torch.equal(x1, pair_noise(SEED, np.arange(10), SHAPE)[torch.from_numpy(indices)])
+    assert len(store) == 10 and store.kind == "backward"
+    again = PairStore(tmp_path).read(indices)
+    assert torch.equal(again.x0, x0) and torch.equal(again.x1, x1)
+
+
+def test_forward_images_are_the_data_sets(tmp_path):
+    store, values = make(tmp_path, "forward", num_classes=3)
+    x0, x1, label = store.read(np.array([8, 1]))
+    expected, labels = images().take(np.array([8, 1]))
+    assert torch.equal(x0, expected) and torch.equal(label, labels) and torch.equal(x1, values[[8, 1]])
+    (tmp_path / "unlabelled").mkdir()
+    assert make(tmp_path / "unlabelled", "forward")[0].read(np.array([8])).label is None
+
+
+def test_forward_pairs_want_the_data_set(tmp_path):
+    make(tmp_path, "forward")
+    with pytest.raises(UserError, match="images=None: forward pairs refer to the data set"):
+        PairStore(tmp_path).read(np.array([0]))
+
+
+def test_labels_of_backward_pairs_are_uniform_and_keyed(tmp_path):
+    store, _ = make(tmp_path, num_classes=10)
+    labels = pair_labels(SEED, np.arange(20_000), 10)
+    assert torch.equal(store.read(np.array([7, 2])).label, labels[[7, 2]])
+    counts = torch.bincount(labels, minlength=10)
+    assert len(counts) == 10 and (counts - 2000).abs().max() < 200
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("uint8", 1 / 255 + 1e-6), ("float16", 2.0**-12 + 1e-9), ("float32", 0.0)])
+def test_rounding_stays_within_half_a_step(tmp_path, dtype, bound):
+    store, values = make(tmp_path, dtype=dtype)
+    stored = store.stored(np.arange(10))
+    assert stored.dtype == torch.float32 and (stored - values).abs().max() <= bound
+    assert np.load(tmp_path / shard_name(0)).dtype == dtype
+
+
+def test_other_noise_is_refused(tmp_path):
+    make(tmp_path)
+    path = tmp_path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert manifest["noise_check"] == pytest.approx(pair_noise(SEED, np.arange(1), SHAPE).flatten()[:8].tolist())
+    manifest["noise_check"][3] += 0.01
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=f"{tmp_path}: this machine regenerates other noise"):
+        len(PairStore(tmp_path))
+    assert noise_check(SEED, SHAPE) != noise_check(SEED + 1, SHAPE)
+
+
+def test_a_truncated_missing_or_foreign_shard_is_named(tmp_path):
+    make(tmp_path)
+    path = tmp_path / shard_name(1)
+    whole = path.read_bytes()
+    for content in (whole[:-8], whole[:40], b"", b"something else entirely, not an array"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"{path}: missing or not a whole shard") as error:
+            PairStore(tmp_path).read(np.array([5]))
+        assert "\n" not in str(error.value)
+    path.unlink()
+    with pytest.raises(UserError, match=f"{path}: missing or not a whole shard"):
+        PairStore(tmp_path).read(np.array([5]))
+
+
+def test_a_pickled_shard_is_not_opened(tmp_path):
+    make(tmp_path)
+    np.save(tmp_path / shard_name(0), np.array([{"a": 1}] * 4, dtype=object), allow_pickle=True)
+    with pytest.raises(UserError, match="not a whole shard"):
+        PairStore(tmp_path).read(np.array([0]))
+
+
+def test_a_shard_of_another_length_is_named(tmp_path):
+    make(tmp_path)
+    write_shard(tmp_path / shard_name(2), torch.zeros(1, *SHAPE), "float32")
+    with pytest.raises(UserError, match=r"shard-00002\.npy=1 pairs: the manifest says 2"):
+        PairStore(tmp_path).read(np.array([0]))
+
+
+def test_a_missing_manifest_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"manifest\.json: cannot be read"):
+        len(PairStore(tmp_path))
+
+
+def test_the_manifest_lists_the_shards_with_their_hashes(tmp_path):
+    store, _ = make(tmp_path)
+    shards = store.manifest["shards"]
+    assert [(s["file"], s["count"]) for s in shards] == [(shard_name(i), n) for i, n in enumerate(COUNTS)]
+    assert len({s["sha256"] for s in shards}) == 3
