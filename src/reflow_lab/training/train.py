@@ -92,8 +92,8 @@ def fit(cfg: DictConfig, made: Artifact) -> None:
     (made.folder / "last.ckpt").unlink(missing_ok=True)
 
 
-def optimise(cfg: DictConfig, folder: Path, network: nn.Module, ema: EMA, total: int) -> None:
-    """`total` steps on the network, with everything that acts on or watches them."""
+def optimise(cfg: DictConfig, folder: Path, network: nn.Module, ema: EMA, total: int, *more: L.Callback) -> None:
+    """`total` steps on the network, with everything that acts on or watches them; `more` is called first."""
     options, mixture = cfg.training, instantiate(cfg.lrn.coupling)
     coupling, heldout = mixture.open(sources(cfg, mixture.weights), options.batch_size, cfg.seed, options.num_heldout)
     objective = Objective(instantiate(cfg.dyn.time), instantiate(cfg.dyn.metric), instantiate(cfg.dyn.weight))
@@ -108,7 +108,7 @@ def optimise(cfg: DictConfig, folder: Path, network: nn.Module, ema: EMA, total:
         devices=cfg.trainer.devices,
         max_steps=total,
         logger=[lines, *loggers(cfg, folder)],
-        callbacks=[instantiate(cfg.lrn.dropout), ema, *watching, checkpoints],  # checkpoints last: they hold what the others did
+        callbacks=[*more, instantiate(cfg.lrn.dropout), ema, *watching, checkpoints],  # the last holds what the others did
         plugins=[DurableCheckpoints()],
         default_root_dir=folder,
     )
