@@ -1,4 +1,11 @@
-"""The lab from Python: a trained flow in two calls, without a configuration."""
+"""The lab from Python: a trained flow in two calls, without a configuration.
+
+>>> import reflow_lab
+>>> velocity = reflow_lab.load(run)  # a run folder, a weight file, or "package:fashion_mnist.safetensors"
+>>> images = reflow_lab.sample(velocity, 4, nfe=2)
+>>> images.shape
+torch.Size([4, 1, 32, 32])
+"""
 
 from pathlib import Path
 from typing import Any
@@ -56,17 +63,27 @@ def sample(
     """Samples, float32 (num_images, *velocity.shape) on the CPU; images are in [-1, 1].
 
     `nfe` calls of the velocity a sample, by default with the improved INF: DPM-Solver(r = 0.4) on the sigmoid grid, from the
-    flow's own t_max. Noise is keyed by (seed, index): the first images of a larger call are the same. `label` (num_images,)
-    for a conditional flow, by default uniform over the classes. Raises `UserError` if nfe < 1 or t_max is outside (0, 1].
+    flow's own t_max. Noise is keyed by (seed, index): the first images of a larger call are the same, to rounding. `label`
+    int64 (num_images,) for a conditional flow, by default uniform over the classes. Runs where the velocity's weights are.
+    Raises `UserError` if a number is below 1, t_max outside (0, 1], or labels do not fit.
     """
-    require(num_images >= 1, "num_images", num_images, "must be at least 1")
-    device = next(velocity.parameters()).device
-    if label is None:
-        label = pair_labels(seed, np.arange(num_images), velocity.num_classes)
-    start = velocity.t_max if t_max is None else t_max
+    for key, value in {"num_images": num_images, "batch_size": batch_size}.items():
+        require(isinstance(value, int) and value >= 1, key, value, "must be a whole number of at least 1")
+    device, start = next(velocity.parameters()).device, velocity.t_max if t_max is None else t_max
+    uniform = pair_labels(seed, np.arange(num_images), velocity.num_classes)
+    given = uniform if label is None else fitting(label, velocity.num_classes, num_images)
     made = []
     for chunk in np.split(np.arange(num_images), range(batch_size, num_images, batch_size)):
         x1 = pair_noise(seed, chunk, velocity.shape).to(device)
-        y = None if label is None else label[torch.from_numpy(chunk)].to(device)
+        y = None if given is None else given[torch.from_numpy(chunk)].to(device)
         made.append(integrate(velocity, x1, solver=solver or DPM(), grid=grid or Sigmoid(), nfe=nfe, t_max=start, label=y).cpu())
     return torch.cat(made)
+
+
+def fitting(label: Tensor, num_classes: int, num_images: int) -> Tensor:
+    """The labels, on the CPU; raises a `UserError` unless there is one for each image and the flow knows them all."""
+    require(num_classes > 0, "label", "given", "must be omitted: this flow is unconditional")
+    require(label.shape == (num_images,), "label", tuple(label.shape), f"must have the shape ({num_images},)")
+    known = bool(((label >= 0) & (label < num_classes)).all())
+    require(known, "label", f"{label.min()}..{label.max()}", f"must lie in 0..{num_classes - 1}")
+    return label.cpu().long()

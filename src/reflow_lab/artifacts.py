@@ -61,6 +61,13 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from None
 
 
+def _checksums(mark: Path) -> list[tuple[str, int, str]]:
+    try:
+        return [(name, size, checksum) for name, (size, checksum) in read_json(mark)["files"].items()]
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{mark}: not a done-mark; delete {mark.parent} to make it again") from None
+
+
 @dataclass(frozen=True)
 class Artifact:
     """One stage's result: `folder` = outputs / stage / hash of the recipe."""
@@ -78,7 +85,7 @@ class Artifact:
         mark = self.folder / "done.json"
         if not mark.exists():
             return False
-        for name, (size, checksum) in read_json(mark)["files"].items():
+        for name, size, checksum in _checksums(mark):
             path = self.folder / name
             fits = path.exists() and path.stat().st_size == size
             if not fits or (size < HASHED_BELOW and file_hash(path) != checksum):
@@ -104,9 +111,8 @@ class Artifact:
 
     def finish(self) -> None:
         """Write the done-mark: from now on the folder is whole."""
-        paths = [
-            p for p in sorted(self.folder.rglob("*")) if p.is_file() and not p.name.startswith(".") and p.name != "done.json"
-        ]
+        found = [p for p in sorted(self.folder.rglob("*")) if p.is_file()]
+        paths = [p for p in found if not p.name.startswith(".") and p.name != "done.json"]
         files = {str(p.relative_to(self.folder)): (p.stat().st_size, file_hash(p)) for p in paths}
         write_json(self.folder / "done.json", {"key": self.key, "files": files})
 

@@ -29,8 +29,8 @@ def bits(seed: int, stream: str, indices: Indices, words: int) -> NDArray[np.uin
 
 
 def uniform(seed: int, stream: str, indices: Indices, num: int = 1) -> Tensor:
-    """Uniform numbers in (0, 1), float64 (len(indices), num): the centres of 2^53 cells."""
-    return torch.from_numpy((bits(seed, stream, indices, num) >> np.uint64(11)) * 2.0**-53 + 2.0**-54)
+    """Uniform numbers in (0, 1), float64 (len(indices), num): the centres of 2^52 cells, of which none rounds to 0 or 1."""
+    return torch.from_numpy((bits(seed, stream, indices, num) >> np.uint64(12)) * 2.0**-52 + 2.0**-53)
 
 
 def normal(seed: int, stream: str, indices: Indices, shape: tuple[int, ...]) -> Tensor:
@@ -38,8 +38,7 @@ def normal(seed: int, stream: str, indices: Indices, shape: tuple[int, ...]) -> 
     size = int(np.prod(shape))
     pairs = -(-size // 2)
     halves = bits(seed, stream, indices, pairs).view(np.uint32).reshape(len(indices), pairs, 2)
-    u = (halves.astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-32)
-    u = torch.from_numpy(u)
+    u = torch.from_numpy((halves.astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-32))
     radius = (-2 * u[..., 0].clamp(max=1 - 2.0**-24).log()).sqrt()
     angle = 2 * torch.pi * u[..., 1]
     both = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)

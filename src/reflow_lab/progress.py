@@ -38,10 +38,9 @@ class Bar:
 
     def __init__(self, description: str, total: int, unit: str, completed: int = 0) -> None:
         self.console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), RateColumn(unit), TimeElapsedColumn())
-        self.progress = Progress(
-            *columns, TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=self.console
-        )
+        done = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), RateColumn(unit), TimeElapsedColumn())
+        left = (TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+        self.progress = Progress(*done, *left, console=self.console)
         self.description, self.total, self.unit = description, total, unit
         self.task = self.progress.add_task(description, total=total, completed=completed, note="")
         self.completed = self.start_count = completed
@@ -53,8 +52,9 @@ class Bar:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-        if not self.console.is_terminal:
+        if self.console.is_terminal:
+            self.progress.stop()
+        else:
             self._line()
 
     def advance(self, count: int, note: str = "") -> None:

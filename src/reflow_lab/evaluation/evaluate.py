@@ -1,5 +1,6 @@
 """The verb `evaluate`: one trained flow at one number of steps, measured against the data and against its teacher."""
 
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from .. import parts
@@ -16,7 +17,7 @@ from ..data.sets import to_uint8
 from ..errors import require
 from ..inf.grids import Uniform
 from ..inf.sampler import CountCalls, sample, sampling_times
-from ..inf.solvers import Euler, Solver, TwoCall
+from ..inf.solvers import Euler, TwoCall
 from ..lrn import pairs
 from ..lrn.store import pair_labels, pair_noise
 from ..networks import files
@@ -30,17 +31,41 @@ from .paired import BANDS, feature_distance, paired_mse_by_band, paired_rmse
 from .straightness import sample_straightness
 
 VERSION = 1  #: of the recipe: increment when the same configuration means another result
-NUM_SHOWN = 64  #: first samples kept as bytes, for pictures
+NUM_SHOWN = {"images": 64, "points": 2000}  #: first samples kept, for pictures
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """Measure `run` at `nfe`, or read the result if it is there; prints a line and returns the metrics."""
-    parts.check(cfg)
-    run = parts.described(files.find(parts.require_run(cfg.run), cfg.profile), parts.data_source(cfg), "run")
-    metrics = measured(cfg, run)
-    shown = {k: f"{v:.4g}" for k, v in metrics.items() if isinstance(v, float)}
-    print(f"nfe {cfg.nfe}: " + ", ".join(f"{k} {v}" for k, v in shown.items()))
+    path = files.find(parts.require_run(cfg.run), cfg.profile)
+    check(cfg)
+    metrics = measured(cfg, parts.described(path, parts.data_source(cfg), "run"))
+    print(summary(metrics))
     return metrics
+
+
+def summary(metrics: dict[str, Any]) -> str:
+    """A line for people: every number, with half of its 95 % interval."""
+    halves = {name: f" ± {(high - low) / 2:.2g}" for name, (low, high) in metrics["intervals"].items()}
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, float) and name != "nfe"}
+    return f"nfe {metrics['nfe']:g}: " + ", ".join(f"{name} {value:.4g}{halves.get(name, '')}" for name, value in numbers.items())
+
+
+def check(cfg: DictConfig) -> None:
+    """Raise a `UserError` for settings under which no cell could be measured, before any of the work."""
+    parts.check(cfg)
+    options, grid_steps = cfg.evaluation, ("straightness.num_images", "straightness.nfe")
+    lows = {"num_images": 2, "num_resamples": 2, "seed": 0, "batch_size": 1, **dict.fromkeys(grid_steps, 1)}
+    for key, low in lows.items():
+        value = OmegaConf.select(options, key)
+        require(isinstance(value, int) and value >= low, f"evaluation.{key}", value, f"must be a whole number of at least {low}")
+    for name in ("reference", "floor"):
+        has, num = len(parts.data_source(cfg).split(name)), options.num_images
+        allowed = f"the split {name} has only {has} samples, and distances of different numbers do not compare"
+        require(num <= has, "evaluation.num_images", num, allowed)
+    times(cfg)
+    feature_network(cfg)
+    if cfg.teacher.path is not None:
+        teacher_samples_plan(cfg)
 
 
 def measured(cfg: DictConfig, run: Teacher) -> dict[str, Any]:
@@ -58,38 +83,46 @@ def measured(cfg: DictConfig, run: Teacher) -> dict[str, Any]:
 
 
 def plan(cfg: DictConfig, run: Teacher) -> Artifact:
-    """The artifact of a cell. Cells that coincide, as all two-call solvers do at 1 and 2 NFE, share one."""
-    solver, grid = effective_solver(instantiate(cfg.inf.solver), cfg.nfe), instantiate(cfg.inf.grid)
+    """The artifact of a cell: its recipe is its protocol, so that cells that coincide share one."""
+    return artifact(cfg.outputs, "evaluate", VERSION, **protocol(cfg, run))
+
+
+def protocol(cfg: DictConfig, run: Teacher) -> dict[str, Any]:
+    """How a cell is measured: all that its numbers depend on, hashes of weights and data included."""
     held = parts.data_source(cfg)
-    return artifact(
-        cfg.outputs,
-        "evaluate",
-        VERSION,
-        weights=run.hash,
-        solver=repr(solver),
-        times=[round(t, 12) for t in sampling_times(solver, grid, cfg.nfe, cfg.t_max).tolist()],
-        nfe=cfg.nfe,
-        precision=cfg.precision,
-        evaluation=parts.plain(cfg.evaluation),
-        data={name: held.split(name).content_hash for name in ("reference", "floor")},
-        teacher=None if cfg.teacher.path is None else teacher_samples_plan(cfg).key,
-    )
+    return {
+        "weights": run.hash,
+        "profile": run.description.get("profile"),
+        "solver": effective_solver(cfg),
+        "grid": [round(t, 12) for t in times(cfg)],
+        "nfe": cfg.nfe,
+        "t_max": cfg.t_max,
+        "precision": cfg.precision,
+        "num_images": cfg.evaluation.num_images,
+        "evaluation": parts.plain(cfg.evaluation),
+        "features": None if not is_images(cfg) else {"network": "EfficientNet-Lite0", "weight_hash": Lite0Features.weight_hash},
+        "data": {name: held.split(name).content_hash for name in ("reference", "floor")},
+        "teacher": None if cfg.teacher.path is None else teacher_samples_plan(cfg).key,
+    }
 
 
-def effective_solver(solver: Solver, nfe: int) -> Solver:
-    """Two-call rules are Euler's at 1 and 2 NFE."""
-    return Euler() if isinstance(solver, TwoCall) and nfe <= 2 else solver
+def times(cfg: DictConfig) -> list[float]:
+    """The grid of times that the sampler stops at."""
+    return sampling_times(instantiate(cfg.inf.solver), instantiate(cfg.inf.grid), cfg.nfe, cfg.t_max).tolist()
+
+
+def effective_solver(cfg: DictConfig) -> dict[str, Any]:
+    """The configured solver, or Euler's rule for a two-call solver with no call to spare for a second one, as at 1 and 2 NFE."""
+    solver = instantiate(cfg.inf.solver)
+    is_euler = isinstance(solver, TwoCall) and solver.num_steps(cfg.nfe, cfg.t_max, 0.0) == cfg.nfe
+    return {"_target_": f"{Euler.__module__}.Euler"} if is_euler else parts.plain(cfg.inf.solver)
 
 
 def teacher_samples_plan(cfg: DictConfig) -> Artifact:
     """The store of the teacher's many-step samples of the held-out noise: backward pairs of another seed."""
-    require(
-        cfg.evaluation.seed != cfg.pairs.seed,
-        "evaluation.seed",
-        cfg.evaluation.seed,
-        "must differ from pairs.seed: held-out noise",
-    )
-    return pairs.plan(cfg, "backward", cfg.evaluation.num_images, cfg.evaluation.seed)
+    seed = cfg.evaluation.seed
+    require(seed != cfg.pairs.seed, "evaluation.seed", seed, "must differ from pairs.seed: students have seen that noise")
+    return pairs.plan(cfg, "backward", cfg.evaluation.num_images, seed)
 
 
 def is_images(cfg: DictConfig) -> bool:
@@ -102,39 +135,38 @@ def distance_name(cfg: DictConfig) -> str:
     return "fd_lite0" if is_images(cfg) else "fd_points"
 
 
+def feature_network(cfg: DictConfig) -> Callable[[Tensor], Tensor]:
+    """Lite0 features of images, (n, 1280), computed on the configured device; points (n, dim) are their own."""
+    lite0 = Lite0Features(**cfg.evaluation.features)
+    return (lambda images: lite0(images.to(parts.device(cfg)))) if is_images(cfg) else (lambda points: points)
+
+
 def features(cfg: DictConfig, samples: Tensor) -> Tensor:
-    """Lite0 features of images, (n, 1280); points (n, dim) are their own."""
-    return Lite0Features(**cfg.evaluation.features)(samples) if is_images(cfg) else samples
+    """What distances are taken of, float32 (n, d) on the CPU."""
+    return feature_network(cfg)(samples)
 
 
 _SHARED: dict[str, Any] = {}
 
 
-def once(key: str, make: Callable[[], Any]) -> Any:
-    """What the cells of a study share, made once a process."""
-    if key not in _SHARED:
-        _SHARED[key] = make()
-    return _SHARED[key]
-
-
-def split_features(cfg: DictConfig, name: str) -> Tensor:
-    """Features of the first `num_images` real samples of a split."""
-    split, num = parts.data_source(cfg).split(name), cfg.evaluation.num_images
-    allowed = f"the split {name} has only {len(split)} samples, and distances of different numbers do not compare"
-    require(2 <= num <= len(split), "evaluation.num_images", num, allowed)
-    key = f"{split.content_hash} {num} {cfg.evaluation.features}"
-    return once(key, lambda: features(cfg, split.take(torch.arange(num))[0]))
+def once(make: Callable[[], Any], *key: object) -> Any:
+    """What the cells of a study share, made once a process; the key holds all that it depends on."""
+    name = " ".join(map(str, key))
+    if name not in _SHARED:
+        _SHARED[name] = make()
+    return _SHARED[name]
 
 
 def reference(cfg: DictConfig) -> tuple[Reference, float]:
     """The real samples to measure against, and the floor: the distance of as many other real samples to them."""
-    real = split_features(cfg, "reference")
+    num, splits = cfg.evaluation.num_images, [parts.data_source(cfg).split(name) for name in ("reference", "floor")]
 
     def make() -> tuple[Reference, float]:
+        real, other = (features(cfg, split.take(torch.arange(num))[0]) for split in splits)
         reference = Reference.of(real)
-        return reference, reference.distance(split_features(cfg, "floor"))
+        return reference, reference.distance(other)
 
-    return once(f"reference {id(real)}", make)
+    return once(make, "reference", *(split.content_hash for split in splits), num, cfg.evaluation.features)
 
 
 class TeacherSamples(NamedTuple):
@@ -154,11 +186,11 @@ def teacher_samples(cfg: DictConfig) -> TeacherSamples:
         found = features(cfg, x0)
         return TeacherSamples(x0, found, Reference.of(found))
 
-    return once(teacher_samples_plan(cfg).key + str(cfg.evaluation.features), make)
+    return once(make, "teacher", teacher_samples_plan(cfg).key, cfg.evaluation.features)
 
 
 class Samples(NamedTuple):
-    """What a cell's sampler made."""
+    """What a cell's sampler made. Time is the median over batches, which the first call's set-up does not move."""
 
     x0: Tensor
     calls_per_image: float
@@ -167,38 +199,38 @@ class Samples(NamedTuple):
 
 def draw(cfg: DictConfig, run: Teacher) -> Samples:
     """Images from the held-out noise, batch by batch, timed."""
-    number, device = cfg.evaluation.num_images, parts.device(cfg)
-    velocity = CountCalls(run.velocity(cfg))
-    solver, grid = instantiate(cfg.inf.solver), instantiate(cfg.inf.grid)
-    made, seconds = [], 0.0
+    number, velocity = cfg.evaluation.num_images, CountCalls(run.velocity(cfg))
+    how = {"solver": instantiate(cfg.inf.solver), "grid": instantiate(cfg.inf.grid), "nfe": cfg.nfe, "t_max": cfg.t_max}
+    made, ms = [], []
     with Bar(f"{cfg.name or run.hash} nfe {cfg.nfe}", number, "images") as bar:
         for chunk in np.split(np.arange(number), range(cfg.evaluation.batch_size, number, cfg.evaluation.batch_size)):
             x1, label = held_out_noise(cfg, run, chunk)
             begin = time.perf_counter()
-            x0 = sample(velocity, x1.to(device), solver=solver, grid=grid, nfe=cfg.nfe, t_max=cfg.t_max, label=label).cpu()
-            seconds += time.perf_counter() - begin
-            made.append(x0)
+            made.append(sample(velocity, x1, label=label, **how).cpu())
+            ms.append(1000 * (time.perf_counter() - begin) / len(chunk))
             bar.advance(len(chunk))
-    return Samples(torch.cat(made), velocity.nfe(number), 1000 * seconds / number)
+    return Samples(torch.cat(made), velocity.nfe(number), statistics.median(ms))
 
 
 def held_out_noise(cfg: DictConfig, run: Teacher, indices: Indices) -> tuple[Tensor, Tensor | None]:
-    """The noise, and labels of a conditional flow, that the teacher's samples were drawn from too."""
-    label = pair_labels(cfg.evaluation.seed, indices, run.num_classes)
-    shape = parts.sample_shape(parts.data_source(cfg))
-    return pair_noise(cfg.evaluation.seed, indices, shape), None if label is None else label.to(parts.device(cfg))
+    """The noise, and labels of a conditional flow, that the teacher's samples were drawn from too, on the device."""
+    seed, device = cfg.evaluation.seed, parts.device(cfg)
+    x1 = pair_noise(seed, indices, parts.sample_shape(parts.data_source(cfg)))
+    label = pair_labels(seed, indices, run.num_classes)
+    return x1.to(device), None if label is None else label.to(device)
 
 
 def flow_straightness(cfg: DictConfig, run: Teacher) -> float:
     """How straight the flow is, whatever the sampler of the row: Euler with many uniform steps."""
-    settings = cfg.evaluation.straightness
+    settings, seed = cfg.evaluation.straightness, cfg.evaluation.seed
 
     def make() -> float:
         x1, label = held_out_noise(cfg, run, np.arange(settings.num_images))
-        at = {"solver": Euler(), "grid": Uniform(), "nfe": settings.nfe, "t_max": cfg.t_max}
-        return sample_straightness(run.velocity(cfg), x1.to(parts.device(cfg)), label=label, **at)[1].mean().item()
+        how = {"solver": Euler(), "grid": Uniform(), "nfe": settings.nfe, "t_max": cfg.t_max}
+        size = cfg.evaluation.batch_size
+        return sample_straightness(run.velocity(cfg), x1, label=label, batch_size=size, **how)[1].mean().item()
 
-    return once(f"straightness {run.hash} {settings} {cfg.t_max} {cfg.precision}", make)
+    return once(make, "straightness", run.hash, settings, seed, cfg.t_max, cfg.precision)
 
 
 def measure(cfg: DictConfig, run: Teacher) -> tuple[dict[str, Any], Tensor, dict[str, list[float]]]:
@@ -218,9 +250,14 @@ def measure(cfg: DictConfig, run: Teacher) -> tuple[dict[str, Any], Tensor, dict
         "ms_per_image": drawn.ms_per_image,
         **resamples.values,
         "intervals": resamples.intervals(),
+        "protocol": protocol(cfg, run),
     }
-    shown = drawn.x0[:NUM_SHOWN]
-    return metrics, to_uint8(shown) if is_images(cfg) else shown, {k: v.tolist() for k, v in resamples.vectors.items()}
+    return metrics, shown(cfg, drawn.x0), {name: vector.tolist() for name, vector in resamples.vectors.items()}
+
+
+def shown(cfg: DictConfig, x0: Tensor) -> Tensor:
+    """The first samples: images as bytes, or points."""
+    return to_uint8(x0[: NUM_SHOWN["images"]]) if is_images(cfg) else x0[: NUM_SHOWN["points"]]
 
 
 class Resamples:

@@ -20,17 +20,24 @@ from ..networks.precision import InPrecision
 def sample(cfg: DictConfig) -> Path:
     """Draw `num_images` of `run` with inf's solver and grid at `nfe`, and write them to `out` (.png or .npz)."""
     parts.check(cfg)
-    out = Path(cfg.out)
-    require(out.suffix in (".png", ".npz"), "out", out, "must end in .png (a grid) or .npz (an array)")
     flow = api.load(parts.require_run(cfg.run), cfg.profile)
+    out = target(cfg.out, flow.shape)
     flow.velocity = InPrecision(flow.velocity, cfg.precision)
-    settings = {"solver": instantiate(cfg.inf.solver), "grid": instantiate(cfg.inf.grid), "nfe": cfg.nfe, "seed": cfg.seed}
-    made = api.sample(flow.to(parts.device(cfg)), cfg.num_images, t_max=cfg.t_max, **settings)
-    require(out.suffix == ".npz" or made.ndim == 4, "out", out, "points are no picture: write an .npz")
+    how = {"solver": instantiate(cfg.inf.solver), "grid": instantiate(cfg.inf.grid), "nfe": cfg.nfe, "t_max": cfg.t_max}
+    made = api.sample(flow.to(parts.device(cfg)), cfg.num_images, seed=cfg.seed, **how)
+    require(bool(made.isfinite().all()), "run", cfg.run, "made NaN or infinite samples")
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, lambda p: picture(to_uint8(made)).save(p, "png") if out.suffix == ".png" else save_array(made, p))
     print(f"{cfg.num_images} samples: {out}")
     return out
+
+
+def target(out: str | None, shape: tuple[int, ...]) -> Path:
+    """The file to write samples of this shape to; raises a `UserError` before any is drawn."""
+    path = Path(out or "")
+    require(path.suffix in (".png", ".npz"), "out", out, "must end in .png (a grid) or .npz (an array)")
+    require(path.suffix == ".npz" or len(shape) == 3, "out", out, "points are no picture: must end in .npz")
+    return path
 
 
 def picture(images: Tensor, columns: int | None = None) -> Image.Image:

@@ -104,7 +104,7 @@ def shares(weights: Mapping[str, float], batch_size: int) -> dict[str, int]:
 
 
 class Mixture:
-    """A weighted mixture of the kinds of pairs (Simple ReFlow, LRN); the paper's ratio is unknown, so the weights are to be swept.
+    """A weighted mixture of the kinds of pairs (Simple ReFlow, LRN); the paper's ratio is unknown, so sweep the weights.
 
     The weights need not add up to one. A batch holds each kind in proportion, rounded to whole samples.
     """

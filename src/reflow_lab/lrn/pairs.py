@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import parts
 from ..artifacts import Artifact, artifact
 from ..data.sets import SampleSet
+from ..data.sources import DataSource
 from ..errors import bad_value, require
 from ..flow import MeanVelocity
 from ..inf.sampler import invert, sample
@@ -35,23 +36,10 @@ def pairs(cfg: DictConfig) -> Path:
 def plan(cfg: DictConfig, kind: str, num_pairs: int | None = None, seed: int | None = None) -> Artifact:
     """The artifact of a store: its recipe is the manifest's provenance, so that equal stores have one folder."""
     require(kind in ("backward", "forward"), "pairs.kind", kind, "allowed: backward, forward")
-    require(cfg.pairs.dtype in DTYPES, "pairs.dtype", cfg.pairs.dtype, f"allowed: {', '.join(DTYPES)}")
-    require(
-        instantiate(cfg.pairs.solver).fixed_step,
-        "pairs.solver",
-        cfg.pairs.solver._target_,
-        "must be a fixed-step solver: a store is reproducible",
-    )
     require_precision(cfg.precision)
     teacher, source = parts.teacher(cfg), parts.data_source(cfg)
-    count = num_pairs or cfg.pairs[f"num_{kind}"]
-    room = len(source.split("train"))
-    require(
-        count >= 1 and (kind == "backward" or count <= room),
-        f"pairs.num_{kind}",
-        count,
-        f"at least 1; forward pairs: at most the {room} images",
-    )
+    count = cfg.pairs[f"num_{kind}"] if num_pairs is None else num_pairs
+    check(cfg, kind, count, source)
     recipe = {
         "kind": kind,
         "count": count,
@@ -70,6 +58,28 @@ def plan(cfg: DictConfig, kind: str, num_pairs: int | None = None, seed: int | N
         "data": source.split("train").content_hash if kind == "forward" else None,
     }
     return artifact(cfg.outputs, "pairs", VERSION, **recipe)
+
+
+def check(cfg: DictConfig, kind: str, count: int, source: DataSource) -> None:
+    """Raise a `UserError` for settings under which a store could not be made, or not twice the same."""
+    images = source.split("train")
+    whole = {f"num_{kind}": count, **{key: cfg.pairs[key] for key in ("nfe", "batch_size", "shard_size")}}
+    for key, value in whole.items():
+        require(isinstance(value, int) and value >= 1, f"pairs.{key}", value, "must be a whole number of at least 1")
+    fits = kind == "backward" or count <= len(images)
+    require(fits, "pairs.num_forward", count, f"at most the number of training images, {len(images)}")
+    solver = cfg.pairs.solver
+    require(
+        instantiate(solver).fixed_step, "pairs.solver", solver._target_, "must be a fixed-step solver: a store is reproducible"
+    )
+    require(cfg.pairs.dtype in DTYPES, "pairs.dtype", cfg.pairs.dtype, f"allowed: {', '.join(DTYPES)}")
+    in_bytes = kind == "backward" and len(images.shape) == 3
+    require(
+        cfg.pairs.dtype != "uint8" or in_bytes,
+        "pairs.dtype",
+        "uint8",
+        "holds images only: noise and points want float16 or float32",
+    )
 
 
 def ensure(cfg: DictConfig, kind: str, num_pairs: int | None = None, seed: int | None = None) -> PairStore:
@@ -124,7 +134,6 @@ def solve(
             x0, label = images.take(chunk, device)
             result = invert(velocity, x0, label=label if recipe["num_classes"] else None, **settings)
         if not result.isfinite().all():
-            raise bad_value(
-                "pairs", recipe["kind"], f"the teacher made NaN or infinite values among pairs {chunk[0]} to {chunk[-1]}"
-            )
+            reason = f"the teacher made NaN or infinite values among pairs {chunk[0]} to {chunk[-1]}"
+            raise bad_value("pairs", recipe["kind"], reason)
         yield result.cpu()

@@ -58,6 +58,16 @@ def write_shard(path: Path, values: Tensor, dtype: str) -> None:
     write_atomically(path, save)
 
 
+def open_shard(path: Path, count: int) -> NDArray[Any]:
+    """Map one shard of `count` pairs; a missing, truncated or foreign file is a user's error that names it."""
+    try:
+        shard: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: missing or not a whole shard ({error}); make the pairs again") from None
+    require(len(shard) == count, str(path), f"{len(shard)} pairs", f"the manifest says {count}; make the pairs again")
+    return shard
+
+
 def write_manifest(folder: Path, provenance: dict[str, Any], counts: list[int]) -> None:
     """Write `manifest.json`: provenance, and for every shard its file, count and SHA-256."""
     names = [shard_name(i) for i in range(len(counts))]
@@ -81,7 +91,7 @@ class PairStore:
             check, noise_check(manifest["seed"], tuple(manifest["shape"])), rtol=1e-5
         ):
             raise UserError(
-                f"{self.folder}: this version regenerates other noise than the store was made with; make the pairs again"
+                f"{self.folder}: this machine regenerates other noise than the store was made with; make the pairs again"
             )
         return manifest
 
@@ -95,7 +105,7 @@ class PairStore:
 
     @cached_property
     def _shards(self) -> list[NDArray[Any]]:
-        return [np.load(self.folder / s["file"], mmap_mode="r", allow_pickle=False) for s in self.manifest["shards"]]
+        return [open_shard(self.folder / s["file"], s["count"]) for s in self.manifest["shards"]]
 
     @cached_property
     def _starts(self) -> list[int]:

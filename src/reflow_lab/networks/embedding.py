@@ -18,6 +18,7 @@ class FourierTime(nn.Module):
         self.register_buffer("frequencies", 2 * torch.pi * 0.25 * (4 * max_frequency) ** exponents, persistent=False)
 
     def forward(self, t: Tensor) -> Tensor:
+        """The features (n, dim), float32."""
         angles = t.float()[:, None] * self.frequencies.to(t.device)
         return torch.cat((angles.cos(), angles.sin()), dim=1)
 
@@ -31,5 +32,6 @@ class Conditioning(nn.Module):
         self.label = nn.Embedding(num_classes, dim) if num_classes else None
 
     def forward(self, t: Tensor, label: Tensor | None) -> Tensor:
+        """The embedding (n, dim)."""
         embedding = self.time(t)
         return embedding if self.label is None else embedding + self.label(label)

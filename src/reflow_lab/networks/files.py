@@ -1,5 +1,6 @@
 """Weight files: safetensors that say which network they belong to."""
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ..artifacts import file_hash, write_atomically
+from ..artifacts import Artifact, file_hash, write_atomically
 from ..errors import UserError, bad_value
 
 NETWORKS = "reflow_lab.networks."  #: the only place that a file's `_target_` may name
@@ -31,10 +32,12 @@ def describe(path: Path) -> dict[str, Any]:
     """The description of a weight file."""
     try:
         with safe_open(path, "pt") as file:
-            return json.loads((file.metadata() or {})["reflow_lab"])
+            description: dict[str, Any] = json.loads((file.metadata() or {})["reflow_lab"])
+            description["net"]["_target_"]  # without it nothing can be built: a KeyError says so now
+            return description
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; a run folder or a .safetensors file of reflow_lab is wanted") from None
-    except (SafetensorError, KeyError, OSError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, OSError, ValueError) as error:
         raise UserError(f"{path}: not a whole weight file of reflow_lab ({str(error)[:80]})") from None
 
 
@@ -49,7 +52,7 @@ def find(source: str | Path, profile: str | None = None) -> Path:
     if not path.is_dir():
         return path
     files = {p.stem: p for p in sorted((path / "weights").glob("*.safetensors"))}
-    if not files or not (path / "done.json").exists():
+    if not files or not Artifact(path, {}).is_done():
         raise UserError(f"{path}: holds no finished training run; repeat its train command to resume it")
     default = max((name for name in files if name != "raw"), key=lambda n: float(n.removeprefix("ema")), default="raw")
     name = profile or default
@@ -58,11 +61,26 @@ def find(source: str | Path, profile: str | None = None) -> Path:
     return files[name]
 
 
+def is_own(target: str) -> bool:
+    """Whether a `_target_` is a class that reflow_lab.networks itself defines.
+
+    Its beginning alone shows nothing: `reflow_lab.networks.unet.torch.os.system` would run any command.
+    """
+    module, _, name = target.rpartition(".")
+    if not module.startswith(NETWORKS):
+        return False
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return False
+    return isinstance(found, type) and found.__module__ == module
+
+
 def load(path: Path) -> nn.Module:
     """Build the network that a weight file describes and load its weights, float32, in evaluation mode."""
     net = describe(path)["net"]
     targets = [value for key, value in _items(net) if key == "_target_"]
-    if foreign := [t for t in targets if not str(t).startswith(NETWORKS)]:
+    if foreign := [t for t in targets if not is_own(str(t))]:
         raise UserError(f"{path}: names {foreign[0]}, but a weight file may build only {NETWORKS}*")
     network = instantiate(net)
     load_into(network, path)

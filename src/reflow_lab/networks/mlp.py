@@ -1,5 +1,7 @@
 """An MLP for points, such as the 2-D toys."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -14,8 +16,9 @@ class MLP(nn.Module):
         self.dim, self.num_classes = dim, num_classes
         self.conditioning = Conditioning(64, num_classes)
         sizes = [dim + 64] + [width] * num_layers
-        hidden = [nn.Sequential(nn.Linear(a, b), nn.SiLU(), nn.Dropout(dropout)) for a, b in zip(sizes, sizes[1:], strict=False)]
+        hidden = [nn.Sequential(nn.Linear(a, b), nn.SiLU(), nn.Dropout(dropout)) for a, b in pairwise(sizes)]
         self.layers = nn.Sequential(*hidden, nn.Linear(width, dim))
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """F(x, t, label): x (n, dim), t (n,), label (n,) or None."""
         return self.layers(torch.cat((x, self.conditioning(t, label)), dim=1))

@@ -24,5 +24,6 @@ class InPrecision(nn.Module):
     def forward(
         self, x_t: Tensor, t: Tensor, s: Tensor | None = None, *, label: Tensor | None = None, lam_guid: Tensor | None = None
     ) -> Tensor:
+        """See `MeanVelocity`."""
         with torch.autocast(x_t.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
             return self.velocity(x_t, t, s, label=label, lam_guid=lam_guid).to(x_t.dtype)

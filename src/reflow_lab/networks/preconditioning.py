@@ -20,6 +20,7 @@ class Preconditioned(nn.Module):
     def forward(
         self, x_t: Tensor, t: Tensor, s: Tensor | None = None, *, label: Tensor | None = None, lam_guid: Tensor | None = None
     ) -> Tensor:
+        """See `MeanVelocity`."""
         if s is not None:
             raise TypeError("this network is a velocity: it takes no second time s")
         t = t.expand(len(x_t)).to(x_t.dtype)

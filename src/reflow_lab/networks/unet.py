@@ -1,5 +1,6 @@
 """A small U-Net for development runs: pixel-unshuffled, so that two CPU cores train it."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -36,6 +37,7 @@ class ResBlock(nn.Module):
         self.skip = nn.Identity() if channels_in == channels_out else nn.Conv2d(channels_in, channels_out, 1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """(n, channels_in, h, w) to (n, channels_out, h, w)."""
         h = self.conv1(F.silu(self.norm1(x)))
         scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
         h = F.silu(torch.addcmul(shift, self.norm2(h), 1 + scale))
@@ -47,12 +49,13 @@ class SelfAttention(nn.Module):
 
     def __init__(self, channels: int, head_dim: int = 32) -> None:
         super().__init__()
-        self.num_heads = max(1, channels // head_dim)
+        self.num_heads = math.gcd(channels, max(1, channels // head_dim))
         self.norm = group_norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero_init(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(n, c, h, w) to the same shape."""
         n, c, h, w = x.shape
         q, k, v = self.qkv(self.norm(x)).reshape(n, 3, self.num_heads, -1, h * w).transpose(-1, -2).unbind(1)
         attended = F.scaled_dot_product_attention(q, k, v)
@@ -62,8 +65,9 @@ class SelfAttention(nn.Module):
 class UNet(nn.Module):
     """F(x, t, label): (n, c, h, w) to the same shape.
 
-    `patch` x `patch` pixels are folded into channels first. Level i has `num_blocks` blocks of `channels * multipliers[i]` channels on each
-    side, at `resolution / patch / 2^i` pixels; each block's output is a skip to its mirror image. Self-attention sits in the middle.
+    `patch` x `patch` pixels are folded into channels first. Level i has `num_blocks` blocks of `channels * multipliers[i]`
+    channels on each side, at `resolution / patch / 2^i` pixels; each block's output is a skip to its mirror image.
+    Self-attention sits in the middle. `channels` is a multiple of 8.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         self.in_channels, self.resolution, self.num_classes, self.patch = in_channels, resolution, num_classes, patch
+        require(channels % 8 == 0, "channels", channels, "must be a multiple of 8")
         factor = patch * 2 ** (len(multipliers) - 1)
         require(resolution % factor == 0, "resolution", resolution, f"must be a multiple of {factor} for this network")
         dim, widths = 2 * channels, [channels * m for m in multipliers]
@@ -98,16 +103,17 @@ class UNet(nn.Module):
         self.head = zero_init(nn.Conv2d(channels, in_channels * patch**2, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """F(x, t, label): x (n, c, h, w), t (n,), label (n,) or None."""
         embedding = F.silu(self.conditioning(t, label))
         h, skips = self.stem(F.pixel_unshuffle(x, self.patch)), []
         for level, blocks in enumerate(self.encoder):
             h = self.downs[level - 1](h) if level else h
-            for block in blocks:
+            for block in blocks.children():
                 h = block(h, embedding)
                 skips.append(h)
         h = self.attention(self.middle(h, embedding))
         for level, blocks in enumerate(self.decoder):
             h = self.ups[level - 1](F.interpolate(h, scale_factor=2.0)) if level else h
-            for block in blocks:
+            for block in blocks.children():
                 h = block(torch.cat((h, skips.pop()), dim=1), embedding)
         return F.pixel_shuffle(self.head(F.silu(self.head_norm(h))), self.patch)

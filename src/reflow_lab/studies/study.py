@@ -1,24 +1,27 @@
 """The verb `study`: every row of a table trained and evaluated, what is shared made once, the table at the end."""
 
+import copy
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import hydra
 import yaml
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
 
 from .. import parts
 from ..errors import UserError, require
-from ..evaluation.evaluate import measured
+from ..evaluation import evaluate
 from ..networks import files
 from ..paths import experiments_dirs
-from ..training.train import train
+from ..training import train
 from . import table
 from .figure import draw_samples
 
-OWN_KEYS = ("study", "seeds", "out", "seed", "nfe")  #: said of the study, not of its rows
+OWN_KEYS = ("study", "seeds", "out", "seed")  #: said of the study, not of its rows
+SHARED_KEYS = ("data", "teacher", "evaluation")  #: without which numbers of two rows do not compare
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,18 @@ class Row:
 class Study:
     """A study file: rows that share overrides and are measured at the same numbers of steps."""
 
-    name: str
     title: str
     overrides: tuple[str, ...]
     nfe: tuple[int, ...]
     rows: tuple[Row, ...]
+
+
+class Planned(NamedTuple):
+    """A row with one training seed, and its configuration at every number of steps."""
+
+    row: Row
+    seed: int
+    configs: tuple[DictConfig, ...]
 
 
 def find(name: str) -> Path:
@@ -55,65 +65,101 @@ def read(path: Path) -> Study:
     """Read a study file; raises a `UserError` that names the file and what is wrong with it."""
     try:
         raw = yaml.safe_load(path.read_text())
-        rows = tuple(Row(r["name"], tuple(r["overrides"]), r.get("against")) for r in raw["rows"])
-        study = Study(path.stem, raw["title"], tuple(raw["overrides"]), tuple(raw["nfe"]), rows)
-    except (yaml.YAMLError, KeyError, TypeError) as error:
+    except (yaml.YAMLError, OSError, ValueError) as error:
         raise UserError(f"{path}: not a study: {' '.join(str(error).split())}") from None
-    names = [row.name for row in study.rows]
-    require(len(set(names)) == len(names), "rows", names, f"names in {path} must differ")
-    for row in study.rows:
-        require(row.against in (None, *names), f"{row.name}.against", row.against, f"must be one of {', '.join(names)}")
-    return study
+    _keys(path, "the file", raw, {"title", "overrides", "nfe", "rows"})
+    _list(path, "rows", raw["rows"], dict)
+    for row in raw["rows"]:
+        _keys(path, "a row", row, {"name", "overrides"}, {"against"})
+    rows = tuple(Row(str(r["name"]), _list(path, "overrides", r["overrides"], str), r.get("against")) for r in raw["rows"])
+    nfe = _list(path, "nfe", raw["nfe"], int)
+    require(min(nfe, default=0) >= 1, f"{path}: nfe", list(nfe), "must be numbers of at least 1")
+    require(bool(rows), f"{path}: rows", [], "must be at least one")
+    _names(path, [row.name for row in rows], rows)
+    return Study(str(raw["title"]), _list(path, "overrides", raw["overrides"], str), nfe, rows)
 
 
-def merged(*groups: list[str] | tuple[str, ...]) -> list[str]:
+def _keys(path: Path, what: str, node: object, needed: set[str], optional: Iterable[str] = ()) -> None:
+    given = set(node) if isinstance(node, dict) else set()
+    fits = needed <= given <= needed.union(optional)
+    listed = ", ".join(sorted(needed)) + "".join(f", maybe {key}" for key in optional)
+    if not fits:
+        raise UserError(f"{path}: not a study: {what} has the keys {sorted(map(str, given))}; it wants {listed}")
+
+
+def _list(path: Path, key: str, value: Any, kind: type) -> tuple[Any, ...]:
+    if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
+        raise UserError(f"{path}: not a study: {key}={value}: must be a list of {kind.__name__}")
+    return tuple(value)
+
+
+def _names(path: Path, names: list[str], rows: Sequence[Row]) -> None:
+    require(len(set(names)) == len(names), f"{path}: rows", names, "names must differ")
+    for row in rows:
+        others = [name for name in names if name != row.name]
+        require(row.against in (None, *others), f"{path}: {row.name}.against", row.against, f"must be one of {', '.join(others)}")
+
+
+def merged(*groups: Sequence[str]) -> list[str]:
     """Overrides of later groups instead of those of the same key in earlier ones."""
-    last = {override.lstrip("+~").split("=")[0]: override for group in groups for override in group}
+    last = {key(override): override for group in groups for override in group}
     return list(last.values())
+
+
+def key(override: str) -> str:
+    """The key or group that an override is about."""
+    return override.lstrip("+~").split("=")[0]
 
 
 def own_overrides() -> list[str]:
     """What the command line says of all rows."""
-    if not HydraConfig.initialized():
-        return []
-    return [o for o in HydraConfig.get().overrides.task if o.lstrip("+~").split("=")[0] not in OWN_KEYS]
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    for override in given:
+        if key(override) == "nfe":
+            raise UserError(f"{override}: a study measures at the numbers of steps that its file lists")
+    return [override for override in given if key(override) not in OWN_KEYS]
 
 
-def compose(study: Study, row: Row, seed: int, given: list[str]) -> DictConfig:
-    """The configuration of a row with one training seed."""
-    overrides = merged(study.overrides, given, row.overrides)
-    cfg = hydra.compose("train", [*overrides, f"seed={seed}"])
-    with open_dict(cfg):
-        cfg.name = f"{row.name} seed {seed}"
-    return cfg
+def plan(study: Study, row: Row, seed: int, given: list[str]) -> Planned:
+    """The configurations of a row with one training seed, checked; nothing is trained yet."""
+    composed = hydra.compose("train", [*merged(study.overrides, given, row.overrides), f"seed={seed}"])
+    composed.name = f"{row.name} seed {seed}"
+    configs = tuple(copy.deepcopy(composed) for _ in study.nfe)
+    for cfg, nfe in zip(configs, study.nfe, strict=True):
+        cfg.nfe = nfe
+        evaluate.check(cfg)
+    train.plan(configs[0])
+    return Planned(row, seed, configs)
+
+
+def require_comparable(plans: Sequence[Planned]) -> None:
+    """Raise a `UserError` unless all rows are measured alike."""
+    first = plans[0].configs[0]
+    for row, _, (cfg, *_) in plans:
+        for name in SHARED_KEYS:
+            differ = f"differs from {plans[0].row.name}'s: rows that share a table share data, teacher and evaluation"
+            require(parts.plain(cfg[name]) == parts.plain(first[name]), f"{row.name}: {name}", parts.plain(cfg[name]), differ)
 
 
 def study(cfg: DictConfig) -> list[dict[str, Any]]:
-    """Run what is missing, then write table.json, table.md and samples.png into `out`; returns the rows of the table."""
-    require(isinstance(cfg.seeds, int) and cfg.seeds >= 1, "seeds", cfg.seeds, "must be an integer of at least 1")
-    described = read(find(cfg.study))
-    given = own_overrides()
+    """Run what is missing, then write table.json, table.md and samples.png into `out`; returns the cells of the table."""
+    require(isinstance(cfg.seeds, int) and cfg.seeds >= 1, "seeds", cfg.seeds, "must be a whole number of at least 1")
+    described, given = read(find(cfg.study)), own_overrides()
     seeds = range(cfg.seed, cfg.seed + cfg.seeds)
-    plans = [(row, seed, compose(described, row, seed, given)) for row in described.rows for seed in seeds]
-    for _, _, row_cfg in plans:
-        parts.check(row_cfg)
-    cells = [cell for row, seed, row_cfg in plans for cell in run_row(described, row, seed, row_cfg)]
+    plans = [plan(described, row, seed, given) for row in described.rows for seed in seeds]
+    require_comparable(plans)
+    cells = [cell for planned in plans for cell in run(planned)]
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
-    text = table.write(out, described, cells)
-    draw_samples(out / "samples.png", described, [c for c in cells if c["seed"] == seeds[0]])
-    print(text)
+    print(table.write(out, described, cells))
+    draw_samples(out / "samples.png", described, [cell for cell in cells if cell["seed"] == seeds[0]])
     print(f"written: {out}/table.md, table.json, samples.png")
     return cells
 
 
-def run_row(study: Study, row: Row, seed: int, cfg: DictConfig) -> list[dict[str, Any]]:
+def run(planned: Planned) -> list[dict[str, Any]]:
     """Train a row and measure it at every number of steps."""
-    folder = train(cfg)
-    run = parts.described(files.find(folder), parts.data_source(cfg), "run")
-    cells = []
-    for nfe in study.nfe:
-        cfg.nfe = nfe
-        metrics = measured(cfg, run)
-        cells.append({"name": row.name, "overrides": list(row.overrides), "seed": seed, "run": str(folder), **metrics})
-    return cells
+    folder = train.train(planned.configs[0])
+    found = parts.described(files.find(folder), parts.data_source(planned.configs[0]), "run")
+    row = {"name": planned.row.name, "overrides": list(planned.row.overrides), "seed": planned.seed, "run": str(folder)}
+    return [row | evaluate.measured(cfg, found) for cfg in planned.configs]

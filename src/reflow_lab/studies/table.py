@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,55 +18,57 @@ if TYPE_CHECKING:
 Cell = dict[str, Any]
 
 
+COLUMNS = (
+    "name",
+    "overrides",
+    "nfe",
+    "seed",
+    "floor",
+    "straightness",
+    "ms_per_image",
+    "num_images",
+    "intervals",
+    "protocol",
+    "run",
+)
+
+
 def write(out: Path, study: Study, cells: Sequence[Cell]) -> str:
-    """Write table.json and table.md; returns the Markdown."""
-    columns = ("name", "overrides", "nfe", "seed", "floor", "straightness", "ms_per_image", "num_images", "intervals", "run")
+    """Write table.json, a list of cells with COLUMNS and every metric, and table.md; returns the Markdown."""
     metrics = list(cells[0]["intervals"])
-    write_json(out / "table.json", [{key: cell[key] for key in (*columns, *metrics)} for cell in cells])
+    write_json(out / "table.json", [{key: cell[key] for key in (*COLUMNS, *metrics)} for cell in cells])
     text = markdown(study, cells)
     write_atomically(out / "table.md", lambda p: p.write_text(text))
     return text
 
 
 def markdown(study: Study, cells: Sequence[Cell]) -> str:
-    """The whole page: distances, effects, the other columns."""
-    primary = next(k for k in cells[0]["intervals"] if k.startswith("fd_") and k.endswith("_teacher"))
-    data = primary.removesuffix("_teacher")
-    seeds = sorted({c["seed"] for c in cells})
-    count, floor = cells[0]["num_images"], cells[0]["floor"]
-    over = (
-        f"over {len(seeds)} training seeds (Student's t)"
-        if len(seeds) > 1
-        else "over the held-out noise (bootstrap); one training seed"
-    )
-    return "\n".join(
-        [
-            f"# {study.title}",
-            "",
-            f"N = {count:,} images a cell; training seeds {', '.join(map(str, seeds))}; 95 % intervals {over}. Lower is better.",
-            "",
-            f"## {primary}: distance to the teacher's many-step samples of the same noise",
-            "",
-            *grid(study, cells, primary),
-            "",
-            f"## Effect of each row on {primary} (its value minus that of the row it is measured against)",
-            "",
-            *effects(study, cells, primary),
-            "",
-            f"## {data}: distance to the data (real against real: {floor:.1f})",
-            "",
-            *grid(study, cells, data),
-            "",
-            "## paired_rmse to the teacher's image of the same noise (rewards blur: a diagnostic)",
-            "",
-            *grid(study, cells, "paired_rmse", 3),
-            "",
-            "## Straightness of the flow, and milliseconds per image",
-            "",
-            *costs(study, cells),
-            "",
-        ]
-    )
+    """The whole page: distances, effects, the other columns. Without a teacher the distance to the data stands first."""
+    metrics, floor = cells[0]["intervals"], cells[0]["floor"]
+    data = next(name for name in metrics if name.startswith("fd_") and not name.endswith("_teacher"))
+    primary = f"{data}_teacher" if f"{data}_teacher" in metrics else data
+    titles = {
+        f"{data}_teacher": "distance to the teacher's many-step samples of the same noise",
+        data: f"distance to the data (real against real: {floor:.4g})",
+        "paired_rmse": "to the teacher's image of the same noise (rewards blur: a diagnostic)",
+    }
+    lines = [f"# {study.title}", "", heading(cells)]
+    for name in (name for name in titles if name in metrics):
+        lines += ["", f"## {name}: {titles[name]}", "", *grid(study, cells, name)]
+        if name == primary and any(row.against for row in study.rows):
+            title = f"## Effect of each row on {primary} (its value minus that of the row it is measured against)"
+            lines += ["", title, "", *effects(study, cells, primary)]
+    lines += ["", "## Straightness of the flow, and milliseconds per image", "", *costs(study, cells), ""]
+    return "\n".join(lines)
+
+
+def heading(cells: Sequence[Cell]) -> str:
+    """What the numbers below are: how many images and seeds, which intervals."""
+    seeds = sorted({cell["seed"] for cell in cells})
+    noise = "the held-out noise (bootstrap); one training seed"
+    over = f"{len(seeds)} training seeds (Student's t)" if len(seeds) > 1 else noise
+    listed = ", ".join(map(str, seeds))
+    return f"N = {cells[0]['num_images']:,} samples a cell; training seeds {listed}; 95 % intervals over {over}. Lower is better."
 
 
 def header(columns: Sequence[object]) -> list[str]:
@@ -73,15 +76,15 @@ def header(columns: Sequence[object]) -> list[str]:
     return ["| | " + " | ".join(map(str, columns)) + " |", "|---" * (len(columns) + 1) + "|"]
 
 
-def show(value: Interval, digits: int = 1, sign: str = "") -> str:
-    """value ± half of the 95 % interval."""
-    half = (value.high - value.low) / 2
-    return f"{value.value:{sign}.{digits}f} ± {half:.{digits}f}" if half == half else f"{value.value:{sign}.{digits}f}"
+def show(value: Interval, metric: str, sign: str = "") -> str:
+    """value ± half of the 95 % interval where there is one, in digits that suit the size of the metric."""
+    half, digits = (value.high - value.low) / 2, 1 if metric.startswith("fd_lite0") else 4
+    return f"{value.value:{sign}.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
 
 
 def of(cells: Sequence[Cell], name: str, nfe: int) -> list[Cell]:
-    """The cells of a row at a number of steps, by seed."""
-    return sorted((c for c in cells if c["name"] == name and round(c["nfe"]) == nfe), key=lambda c: c["seed"])
+    """The cells of a row by seed, at the number of steps asked for: an adaptive solver's own number is another."""
+    return sorted((c for c in cells if c["name"] == name and c["protocol"]["nfe"] == nfe), key=lambda c: c["seed"])
 
 
 def resampled(cell: Cell, metric: str) -> torch.Tensor:
@@ -104,9 +107,9 @@ def effect(cells: Sequence[Cell], others: Sequence[Cell], metric: str) -> Interv
     return difference(a[metric], resampled(a, metric), b[metric], resampled(b, metric))
 
 
-def grid(study: Study, cells: Sequence[Cell], metric: str, digits: int = 1) -> list[str]:
+def grid(study: Study, cells: Sequence[Cell], metric: str) -> list[str]:
     """Rows by numbers of steps."""
-    rows = [[row.name, *(show(estimate(of(cells, row.name, nfe), metric), digits) for nfe in study.nfe)] for row in study.rows]
+    rows = [[row.name, *(show(estimate(of(cells, row.name, nfe), metric), metric) for nfe in study.nfe)] for row in study.rows]
     return [*header([f"{nfe} NFE" for nfe in study.nfe]), *("| " + " | ".join(row) + " |" for row in rows)]
 
 
@@ -115,7 +118,7 @@ def effects(study: Study, cells: Sequence[Cell], metric: str) -> list[str]:
 
     def line(row: Row) -> str:
         found = [effect(of(cells, row.name, nfe), of(cells, str(row.against), nfe), metric) for nfe in study.nfe]
-        return f"| {row.name} against {row.against} | " + " | ".join(show(value, sign="+") for value in found) + " |"
+        return f"| {row.name} against {row.against} | " + " | ".join(show(value, metric, sign="+") for value in found) + " |"
 
     return [*header([f"{nfe} NFE" for nfe in study.nfe]), *(line(row) for row in study.rows if row.against)]
 

@@ -6,6 +6,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from ..dyn.weights import LearnedNormalisation
+from ..flow import interpolate
 from ..lrn.couplings import Coupling
 from .module import FlowModule, to_device
 
@@ -20,7 +22,7 @@ def at_time(module: FlowModule, heldout: Coupling, t: float) -> dict[str, float]
 
     `loss_mean` is the unweighted loss; `relative_loss`, a sample's loss over that mean, spreads over orders of magnitude in
     ReFlow, which is the motive of loss normalisation (Simple ReFlow, improvement 1). `gradient` is the norm of the weighted
-    loss's gradient in the velocity, per sample. `calibration`, for a learned weight, is the mean of l / exp(u): 1 when it fits.
+    loss's gradient in the velocity, per sample. `calibration`, for a learned weight, is the mean of log l - u: 0 when it fits.
     """
     x0, x1, label = to_device(heldout.batch(0), module.device)
     times = torch.full((len(x0),), t, device=module.device)
@@ -36,16 +38,12 @@ def at_time(module: FlowModule, heldout: Coupling, t: float) -> dict[str, float]
     with torch.enable_grad():
         losses = module.objective.at(recorded, x0, x1, times, label)
         (gradient,) = torch.autograd.grad(losses.total.sum(), answers[-1])
-    mean = losses.raw.mean()
-    found = (
-        {"loss_mean": mean.item()}
-        | summary("relative_loss", losses.raw / mean)
-        | summary("gradient", gradient.flatten(1).norm(dim=1))
-    )
-    if hasattr(module.objective.weight, "log_loss"):
+    mean, norms = losses.raw.mean(), gradient.flatten(1).norm(dim=1)
+    found = {"loss_mean": mean.item()} | summary("relative_loss", losses.raw / mean) | summary("gradient", norms)
+    if isinstance(weight := module.objective.weight, LearnedNormalisation):
         with torch.no_grad():
-            x_t = torch.lerp(x0, x1, times.reshape(-1, *(1,) * (x0.ndim - 1)))
-            found["calibration"] = (losses.raw / module.objective.weight.log_loss(x_t, times).exp()).mean().item()
+            expected = weight.log_loss(interpolate(x0, x1, times), times)
+        found["calibration"] = (losses.raw.log() - expected).mean().item()
     return found
 
 
@@ -58,8 +56,7 @@ class ByTime(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Measure when the step crosses a multiple of the interval, and after the last step."""
         assert isinstance(pl_module, FlowModule)
-        crossed = pl_module.kimg // self.every_kimg > (pl_module.kimg - pl_module.batch_size / 1000) // self.every_kimg
-        if not crossed and trainer.global_step < trainer.max_steps:
+        if not pl_module.crossed(self.every_kimg) and trainer.global_step < trainer.max_steps:
             return
         pl_module.velocity.eval()
         bins = {t: at_time(pl_module, self.heldout, t) for t in [(i + 0.5) / self.num_bins for i in range(self.num_bins)]}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import require
+from .module import FlowModule
 
 
 def ema_name(halflife_mimg: float) -> str:
@@ -29,6 +30,7 @@ class EMA(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start every average at the initial weights."""
+        assert isinstance(pl_module, FlowModule)
         if not self.averages:
             self.averages = {name: [p.detach().clone() for p in pl_module.velocity.parameters()] for name in self.halflives}
         self.averages = {n: [p.to(pl_module.device) for p in average] for n, average in self.averages.items()}
@@ -36,6 +38,7 @@ class EMA(L.Callback):
     @torch.no_grad()
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Move every average towards the new weights."""
+        assert isinstance(pl_module, FlowModule)
         images = trainer.global_step * pl_module.batch_size
         parameters = [p.detach() for p in pl_module.velocity.parameters()]
         for name, halflife in self.halflives.items():

@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from ..artifacts import write_atomically
@@ -53,12 +53,6 @@ class JSONLines(Logger):
         """See `Logger`."""
         return ""
 
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> Path:
-        """See `Logger`."""
-        return self.path
-
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
         """The configuration is a file of its own."""
 
@@ -93,8 +87,7 @@ class Report(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Advance the bar; log when the step crosses a multiple of the interval, and at the last step."""
         assert isinstance(pl_module, FlowModule)
-        crossed = pl_module.kimg // self.every_kimg > (pl_module.kimg - pl_module.batch_size / 1000) // self.every_kimg
-        if crossed or trainer.global_step == trainer.max_steps:
+        if pl_module.crossed(self.every_kimg) or trainer.global_step == trainer.max_steps:
             self._log(trainer, pl_module)
         self.bar.advance(pl_module.batch_size)
 
@@ -128,13 +121,12 @@ def require_finite(metrics: dict[str, float], trainer: L.Trainer) -> None:
     """Raise a `UserError` if a loss or gradient is NaN or infinite; the last checkpoint is from before that."""
     bad = [k for k in ("loss", "loss_unweighted", "gradient_norm") if not abs(metrics[k]) < float("inf")]
     if bad:
-        raise UserError(
-            f"{bad[0]}={metrics[bad[0]]} at step {trainer.global_step}: training stopped; the last checkpoint is good. Try a lower training.lr or a training.gradient_clip"
-        )
+        what = f"{bad[0]}={metrics[bad[0]]} at step {trainer.global_step}"
+        raise UserError(f"{what}: stopped, the last checkpoint is kept; try a lower training.lr or a training.gradient_clip")
 
 
 class Checkpoints(L.Callback):
-    """One checkpoint, replaced every `every_s` seconds, at the end and on ctrl-C: the first signal lets the step finish, then saves."""
+    """One checkpoint, replaced every `every_s` seconds and on ctrl-C: the first signal lets the step finish, then saves."""
 
     def __init__(self, path: Path, every_s: float) -> None:
         self.path, self.every_s = path, every_s
@@ -160,6 +152,10 @@ class Checkpoints(L.Callback):
                 return  # the report will end this run; keep the last good state
             trainer.save_checkpoint(self.path)
             self.saved = time.monotonic()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Give the signals back."""
+        self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give the signals back."""

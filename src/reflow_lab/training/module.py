@@ -1,17 +1,19 @@
 """Training a flow: the same module for a base flow and a ReFlow, which differ in coupling and start."""
 
+import math
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..dyn.objective import Losses, Objective
 from ..lrn.couplings import Batch, Coupling
-from ..noise import uniform
+from ..noise import bits, uniform
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -26,6 +28,9 @@ class FlowModule(L.LightningModule):
     `batch_size` is the global one. What else acts on training (dropout, averages, diagnostics) is a callback.
     """
 
+    velocity: nn.Module
+    objective: Objective
+    coupling: Coupling
     losses: Losses  #: of the last step, for whoever logs or guards
     gradient_norm: Tensor  #: of the last step, before clipping
 
@@ -53,23 +58,33 @@ class FlowModule(L.LightningModule):
         """Thousands of samples seen."""
         return self.global_step * self.batch_size / 1000
 
+    def crossed(self, every_kimg: float) -> bool:
+        """Whether the last step reached or crossed a multiple of `every_kimg`."""
+        before, after = (step * self.batch_size / 1000 / every_kimg + 1e-9 for step in (self.global_step - 1, self.global_step))
+        return math.floor(after) > math.floor(before)
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The mean weighted loss of step `global_step`; the loader's item is ignored, since batches are keyed by the step."""
         step = self.global_step
-        self._seed_dropout((self.seed << 32) + step)
+        self._seed_dropout(step)
         x0, x1, label = to_device(self.coupling.batch(step), self.device)
         positions = np.arange(step * self.batch_size, step * self.batch_size + len(x0))
         u = uniform(self.seed, "training/times", positions)[:, 0].to(self.device)
         self.losses = self.objective(self.velocity, x0, x1, u, label)
         return self.losses.total.mean()
 
-    def _seed_dropout(self, seed: int) -> None:
-        """Make dropout's masks, too, a function of the step (`torch.manual_seed` seeks out every kind of device: 0.5 ms)."""
+    def _seed_dropout(self, step: int) -> None:
+        """Make dropout's masks, too, a function of seed and step.
+
+        The CPU's generator heeds only 32 bits of its seed, so both are hashed into them. `torch.manual_seed` would seek out
+        every kind of device: 0.5 ms.
+        """
+        seed = int(bits(self.seed, "training/dropout", np.array([step]), 1)[0, 0] >> np.uint64(32))
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Adam with linear warm-up; a learned loss weight is a second parameter group with its own rate."""
         groups: list[dict[str, Any]] = [{"params": list(self.velocity.parameters())}]
         if learned := list(self.objective.parameters()):

@@ -2,13 +2,14 @@
 
 import logging
 import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -47,12 +48,21 @@ def plan(cfg: DictConfig) -> Artifact:
     """The artifact of a run: the configuration that changes it, and the hashes of data, start and pairs."""
     source = parts.data_source(cfg)
     kinds = instantiate(cfg.lrn.coupling).weights if cfg.training.total_kimg else {}
+    require_labels(cfg, kinds)
     inputs: dict[str, Any] = {
         "data": source.split("train").content_hash,
         "pairs": {kind: pairs.plan(cfg, kind).key for kind in kinds if kind != "independent"},
         "start": None if cfg.training.start == "scratch" else files.weights_hash(start_file(cfg)),
     }
     return artifact(cfg.outputs, "train", VERSION, config={key: parts.plain(cfg[key]) for key in CONFIG_KEYS}, inputs=inputs)
+
+
+def require_labels(cfg: DictConfig, kinds: Iterable[str]) -> None:
+    """Raise a `UserError` if the network is conditional and a kind of pair does not bring its classes."""
+    classes = parts.net_classes(cfg)
+    for kind in kinds if classes else ():
+        found = parts.data_source(cfg).num_classes if kind == "independent" else parts.teacher(cfg).num_classes
+        require(found == classes, "net.network.num_classes", classes, f"{kind} pairs come with {found} classes")
 
 
 def start_file(cfg: DictConfig) -> Path:
@@ -66,8 +76,29 @@ def start(cfg: DictConfig) -> nn.Module:
     network = parts.network(cfg)
     if cfg.training.start != "scratch":
         key = "teacher.path" if cfg.training.start == "teacher" else "training.start"
+        require_same_net(cfg, start_file(cfg), key)
         files.load_into(network, start_file(cfg), key)
     return network
+
+
+def require_same_net(cfg: DictConfig, path: Path, key: str) -> None:
+    """Raise a `UserError` naming the settings of the network that differ from a weight file's, dropout rates aside.
+
+    Not all of them show in the tensors: `sigma_data` does not.
+    """
+    ours, theirs = dict(leaves("net", parts.plain(cfg.net))), dict(leaves("net", files.describe(path)["net"]))
+    both = [name for name in ours if name in theirs and not name.endswith(".dropout")]
+    differing = [f"{name}: {theirs[name]} in the file, {ours[name]} here" for name in both if ours[name] != theirs[name]]
+    require(not differing, key, path, f"these weights belong to another network; {'; '.join(differing)}")
+
+
+def leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The values of nested dictionaries under their dotted names."""
+    if not isinstance(value, dict):
+        yield name, value
+        return
+    for key, item in value.items():
+        yield from leaves(f"{name}.{key}", item)
 
 
 def sources(cfg: DictConfig, kinds: dict[str, float]) -> dict[str, Pairs]:
@@ -103,18 +134,22 @@ def optimise(cfg: DictConfig, folder: Path, network: nn.Module, ema: EMA, total:
     checkpoint, lines = folder / "last.ckpt", JSONLines(folder / "metrics.jsonl")
     checkpoints = Checkpoints(checkpoint, cfg.trainer.checkpoint_every_s)
     watching = [ByTime(heldout, cfg.trainer.diagnostics_every_kimg), Report(cfg.name or folder.name, cfg.trainer.log_every_kimg)]
+    chosen = loggers(cfg, folder)
     trainer = quiet_trainer(
         accelerator=cfg.trainer.accelerator,
         devices=cfg.trainer.devices,
         max_steps=total,
-        logger=[lines, *loggers(cfg, folder)],
+        logger=[lines, *chosen],
         callbacks=[*more, instantiate(cfg.lrn.dropout), ema, *watching, checkpoints],  # the last holds what the others did
         plugins=[DurableCheckpoints()],
         default_root_dir=folder,
     )
     resume = checkpoint if checkpoint.exists() else None
     lines.cut_back(checkpoint_step(checkpoint) if resume else 0)
-    trainer.fit(module, Steps(), ckpt_path=resume, weights_only=True)
+    try:
+        trainer.fit(module, Steps(), ckpt_path=resume, weights_only=True)
+    finally:
+        finish(chosen)
     if trainer.global_step < total:
         print(f"stopped at step {trainer.global_step} of {total}, saved; the same command goes on")
         raise KeyboardInterrupt
@@ -144,12 +179,22 @@ def quiet_trainer(**settings: Any) -> L.Trainer:
 
 
 def loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
-    """The configured logger beside the JSON lines: Weights & Biases, with the run's key as its id."""
+    """The configured logger beside the JSON lines: Weights & Biases, with the run's key as its id.
+
+    Its files lie in outputs/wandb: a run's own folder holds only what the done-mark vouches for, and these change after it.
+    """
     if cfg.logger is None or cfg.logger.get("_target_") is None:
         return []
-    logger = instantiate(cfg.logger, save_dir=str(folder), id=folder.name, name=cfg.name or folder.name, resume="allow")
+    logger = instantiate(cfg.logger, save_dir=str(cfg.outputs), id=folder.name, name=cfg.name or folder.name, resume="allow")
     logger.log_hyperparams(parts.plain(cfg))
     return [logger]
+
+
+def finish(chosen: list[Logger]) -> None:
+    """End the runs of Weights & Biases, so that the next job of a sweep has its own."""
+    for logger in chosen:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()
 
 
 def checkpoint_step(path: Path) -> int:
