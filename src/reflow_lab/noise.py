@@ -6,6 +6,7 @@ transforms, since the streams of NumPy's and torch's distributions change betwee
 
 import functools
 import hashlib
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -22,10 +23,16 @@ def _stream_key(stream: str) -> int:
 def bits(seed: int, stream: str, indices: Indices, words: int) -> NDArray[np.uint64]:
     """Raw Philox bits, (len(indices), words) of 64 each; index i owns the counters [i * blocks, (i + 1) * blocks)."""
     blocks = -(-words // 4)
-    key = np.array([seed % 2**64, _stream_key(stream)], dtype=np.uint64)
-    runs = np.split(indices, np.flatnonzero(np.diff(indices) != 1) + 1) if len(indices) else []
-    raw = [np.random.Philox(counter=int(run[0]) * blocks, key=key).random_raw(len(run) * blocks * 4) for run in runs]
-    return np.concatenate(raw).reshape(-1, blocks * 4)[:, :words] if raw else np.empty((0, words), np.uint64)
+    source = np.random.Philox(counter=0, key=np.array([seed % 2**64, _stream_key(stream)], dtype=np.uint64))
+    raw = np.empty((len(indices), blocks * 4), np.uint64)
+    ends = [*(np.flatnonzero(np.diff(indices) != 1) + 1).tolist(), len(indices)] if len(indices) else []
+    at = 0  # the counter; advancing one generator is quicker than making one for each run of consecutive indices
+    for first, end in pairwise([0, *ends]):
+        start = int(indices[first]) * blocks
+        source.advance((start - at) % 2**256)
+        raw[first:end] = source.random_raw((end - first) * blocks * 4).reshape(-1, blocks * 4)
+        at = start + (end - first) * blocks
+    return raw[:, :words]
 
 
 def uniform(seed: int, stream: str, indices: Indices, num: int = 1) -> Tensor:

@@ -4,7 +4,6 @@ Only what cannot be derived is stored: a backward pair's image (its noise is reg
 pair's noise (its image is found in the data set).
 """
 
-from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -65,7 +64,7 @@ def open_shard(path: Path, count: int) -> NDArray[Any]:
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path}: missing or not a whole shard ({error}); make the pairs again") from None
     require(len(shard) == count, str(path), f"{len(shard)} pairs", f"the manifest says {count}; make the pairs again")
-    return shard
+    return np.asarray(shard)  # still mapped, but indexed without np.memmap's overhead
 
 
 def write_manifest(folder: Path, provenance: dict[str, Any], counts: list[int]) -> None:
@@ -113,9 +112,12 @@ class PairStore:
 
     def stored(self, indices: Indices) -> Tensor:
         """What the file holds for these pairs, float32 (n, *shape): x0 of backward pairs, x1 of forward ones."""
-        where = [bisect_right(self._starts, i) - 1 for i in indices.tolist()]
-        rows = [self._shards[shard][i - self._starts[shard]] for shard, i in zip(where, indices.tolist(), strict=True)]
-        values = torch.from_numpy(np.stack(rows))
+        shards = np.searchsorted(self._starts, indices, side="right") - 1
+        rows = np.empty((len(indices), *self._shards[0].shape[1:]), self._shards[0].dtype)
+        for shard in np.unique(shards):
+            here = shards == shard
+            rows[here] = self._shards[shard][indices[here] - self._starts[shard]]
+        values = torch.from_numpy(rows)
         return to_float(values) if values.dtype == torch.uint8 else values.float()
 
     def read(self, indices: Indices, position: int = 0) -> Batch:
