@@ -27,6 +27,7 @@ from .lifecycle import Checkpoints, DurableCheckpoints, JSONLines, Report, Steps
 from .module import FlowModule
 
 VERSION = 1  #: of the recipe: increment when the same configuration means another result
+BIASED = "dyn.weight or dyn.metric: the minimiser is not E[x0 | x_t] under"
 CONFIG_KEYS = ("net", "dyn", "lrn", "training", "seed", "t_max", "precision")  #: what changes the weights
 
 
@@ -127,7 +128,10 @@ def optimise(cfg: DictConfig, folder: Path, network: nn.Module, ema: EMA, total:
     """`total` steps on the network, with everything that acts on or watches them; `more` is called first."""
     options, mixture = cfg.training, instantiate(cfg.lrn.coupling)
     coupling, heldout = mixture.open(sources(cfg, mixture.weights), options.batch_size, cfg.seed, options.num_heldout)
+    # one by one: instantiated together, OmegaConf would take the dataclasses among them for configurations
     objective = Objective(instantiate(cfg.dyn.time), instantiate(cfg.dyn.metric), instantiate(cfg.dyn.weight))
+    if "independent" in mixture.weights and not objective.theory_preserving:
+        warnings.warn(f"{BIASED} lrn/coupling=independent; see dyn/weight=learned_normalisation", stacklevel=1)
     velocity = prepared(network, cfg)
     names = ("batch_size", "lr", "betas", "warmup_kimg", "gradient_clip")
     module = FlowModule(velocity, objective, coupling, seed=cfg.seed, **{name: options[name] for name in names})
