@@ -1,0 +1,192 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from reflow_lab import cli
+from reflow_lab.errors import UserError
+from reflow_lab.evaluation import evaluate
+from reflow_lab.studies.study import Row, Study, find, key, merged, read
+from reflow_lab.studies.table import COLUMNS
+from reflow_lab.training import train
+
+ROWS = [
+    {"name": "base flow", "overrides": ["training.total_kimg=0"]},
+    {"name": "BSL", "overrides": ["dyn=baseline"], "against": "base flow"},
+    {"name": "+time", "overrides": ["dyn=baseline", "dyn/time=exponential"], "against": "BSL"},
+]
+SHORT = ["dyn=baseline", "lrn=baseline", "inf=baseline", "training.total_kimg=2"]
+
+
+def write(folder, name="ladder", **changes):
+    """A study file in ./experiments of a working folder."""
+    path = folder / "experiments" / f"{name}.yaml"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(yaml.safe_dump({"title": "A ladder", "overrides": [], "nfe": [1, 3], "rows": ROWS} | changes))
+    return path
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(toy, work, capsys):
+    """Run the study of the working folder: (status, stdout, the last line of stderr)."""
+
+    def run(*more, name="ladder"):
+        status = cli.main(["study", f"study={name}", *toy.words(*more)])
+        out, err = capsys.readouterr()
+        return status, out, [line for line in err.splitlines() if line.startswith("reflow-lab: ")]
+
+    return run
+
+
+def cells(folder="outputs/ladder"):
+    return json.loads((Path(folder) / "table.json").read_text())
+
+
+def stores(outputs):
+    return sorted(path.parent.name for path in outputs.glob("pairs/*/done.json"))
+
+
+@pytest.fixture
+def forbid_training(monkeypatch):
+    def fit(*_):
+        raise AssertionError("trained")
+
+    return lambda: monkeypatch.setattr(train, "fit", fit)
+
+
+def test_a_study_and_the_same_again(toy, run, work, forbid_training, monkeypatch):
+    write(work, overrides=SHORT)
+    outputs = work / "shared"
+    words = [f"outputs={outputs}", "out=here", "seeds=2", "seed=5"]
+    status, out, _ = run(*words)
+    rows, text, picture = cells("here"), Path("here/table.md").read_text(), Path("here/samples.png").read_bytes()
+    assert status == 0 and text in out
+    assert [(row["name"], row["seed"], row["nfe"]) for row in rows] == [
+        (row["name"], seed, nfe) for row in ROWS for seed in (5, 6) for nfe in (1, 3)
+    ]
+    assert all(set(row) == {*COLUMNS, "fd_points", "fd_points_teacher", "paired_rmse"} for row in rows)
+    assert len(stores(outputs)) == 2  # to train on, and the held-out noise; both shared by all rows and seeds
+    assert {row["protocol"]["teacher"] for row in rows} <= set(stores(outputs))
+    with Image.open("here/samples.png") as image:
+        assert image.width > image.height > 100
+
+    forbid_training()
+    monkeypatch.setattr(evaluate, "draw", None)
+    assert run(*words)[0] == 0
+    assert Path("here/table.md").read_text() == text and cells("here") == rows
+    assert Path("here/samples.png").read_bytes() == picture
+
+
+def test_a_row_that_does_not_train_is_its_start(toy, run, work):
+    write(work, overrides=SHORT, rows=ROWS[:1], nfe=[3])
+    run("inf/solver=heun_sigma", "inf/grid=edm", "out=out")  # as the pairs are drawn
+    (cell,) = cells("out")
+    assert cell["paired_rmse"] < 1e-5
+
+
+def test_rows_win_over_the_command_line_and_it_over_the_study(run, work, monkeypatch):
+    seen = []
+    monkeypatch.setattr("reflow_lab.studies.study.run", lambda planned: seen.append(planned) or [])
+    monkeypatch.setattr("reflow_lab.studies.table.write", lambda *_: "")
+    monkeypatch.setattr("reflow_lab.studies.study.draw_samples", lambda *_: None)
+    write(work, overrides=["training.total_kimg=2", "dyn/weight=edm", "training.lr=1e-5", "scale=mini"])
+    run("training.total_kimg=3", "dyn/weight=velocity", "scale=demo", "seed=4")
+    base, other = (planned.configs[0] for planned in seen[:2])
+    assert (base.training.total_kimg, other.training.total_kimg) == (0, 3)
+    assert other.dyn.weight.power == 2 and other.training.lr == 1e-5
+    assert other.seed == 4 and other.name == "BSL seed 4"
+    assert [cfg.nfe for cfg in seen[0].configs] == [1, 3]
+
+
+def test_merged():
+    given = merged(["a=1", "g/h=x", "+b=1"], ["g/h=y", "c=1"], ["~b", "a=2"])
+    assert given == ["a=2", "g/h=y", "~b", "c=1"]
+    assert key("+a.b=c=d") == "a.b"
+
+
+def test_an_unknown_study_lists_what_there_is(run, work):
+    write(work, "mine")
+    status, _, errors = run(name="mien")
+    assert status == 2 and len(errors) == 1
+    assert errors[0].startswith("reflow-lab: study=mien: no such study; there are ") and {"mine", "quickstart"} <= set(
+        re.findall(r"\w+", errors[0])
+    )
+
+
+def test_ones_own_study_comes_first(work):
+    assert find("quickstart").parent != work / "experiments"
+    assert find("quickstart") != write(work, "quickstart") == find("quickstart")
+
+
+def test_reading(work):
+    path = write(work, overrides=["seed=1"])
+    rows = tuple(Row(row["name"], tuple(row["overrides"]), row.get("against")) for row in ROWS)
+    assert read(path) == Study("A ladder", ("seed=1",), (1, 3), rows)
+
+
+MALFORMED = {
+    "not YAML": ("title: [", "not a study: while parsing"),
+    "empty": ("", "not a study: the file has the keys []; it wants nfe, overrides, rows, title"),
+    "a list": ("[1, 2]", "not a study: the file has the keys []"),
+    "no title": ({"drop": "title"}, "the file has the keys ['nfe', 'overrides', 'rows']; it wants"),
+    "misspelt key": ({"row": []}, "the file has the keys"),
+    "misspelt key of a row": ({"rows": [{"name": "a", "overrides": [], "againts": "b"}]}, "a row has the keys"),
+    "rows as text": ({"rows": ["a"]}, "must be a list of dict"),
+    "overrides as text": (
+        {"rows": [{"name": "a", "overrides": "dyn=baseline"}]},
+        "must be a list of str",
+    ),
+    "overrides as a map": ({"overrides": {"dyn": "baseline"}}, "must be a list of str"),
+    "nfe as text": ({"nfe": ["a"]}, "must be a list of int"),
+    "nfe of 0": ({"nfe": [1, 0]}, "must be numbers of at least 1"),
+    "no nfe": ({"nfe": []}, "must be numbers of at least 1"),
+    "no rows": ({"rows": []}, "must be at least one"),
+    "equal names": ({"rows": [ROWS[0], ROWS[0]]}, "names must differ"),
+    "against nothing": ({"rows": [ROWS[0], {**ROWS[1], "against": "base"}]}, "BSL.against=base: must be one of base flow"),
+    "against itself": ({"rows": [ROWS[0], {**ROWS[1], "against": "BSL"}]}, "BSL.against=BSL: must be one of base flow"),
+}
+
+
+@pytest.mark.parametrize("content, line", MALFORMED.values(), ids=MALFORMED)
+def test_a_malformed_study_is_one_line(work, content, line):
+    path = write(work) if isinstance(content, str) else write(work, **content)
+    if isinstance(content, str):
+        path.write_text(content)
+    elif "drop" in content:
+        raw = yaml.safe_load(path.read_text())
+        path.write_text(yaml.safe_dump({name: value for name, value in raw.items() if name not in ("drop", content["drop"])}))
+    with pytest.raises(UserError) as caught:
+        read(path)
+    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+    assert line in str(caught.value)
+
+
+MISTAKES = {
+    "nfe=4": ({}, "nfe=4: a study measures at the numbers of steps that its file lists"),
+    "seeds=0": ({}, "seeds=0: must be a whole number"),
+    "evaluation.num_images=9000": ({}, "evaluation.num_images=9000: the split reference has only 2000"),
+    "evaluation.seed=1000": ({}, "evaluation.seed=1000: must differ"),
+    "training.batch_size=0": ({}, "training.batch_size=0: must be"),
+    "name=x": ({"rows": [*ROWS, {"name": "z", "overrides": ["evaluation.num_images=50"]}]}, "z: evaluation={"),
+    "name=y": ({"rows": [*ROWS, {"name": "z", "overrides": ["dyn/weight=none"]}]}, "dyn/weight=none: no such member"),
+    "inf/grid=listed": ({}, "inf.grid.times="),
+}
+
+
+@pytest.mark.parametrize("word", MISTAKES)
+def test_mistakes_are_found_before_any_training(run, work, forbid_training, word):
+    changes, line = MISTAKES[word]
+    write(work, **changes)
+    forbid_training()
+    status, _, errors = run(word)
+    assert status == 2 and len(errors) == 1 and errors[0].startswith(f"reflow-lab: {line}")
+    assert not Path("outputs").exists()

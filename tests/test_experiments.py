@@ -1,0 +1,118 @@
+"""Every study row by row at every scale, every experiment under every verb: over the files found, so that a new one is tested."""
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from PIL import Image
+
+from reflow_lab import parts
+from reflow_lab.evaluation import evaluate
+from reflow_lab.lrn import pairs
+from reflow_lab.paths import conf_dir, experiments_dirs
+from reflow_lab.studies import study
+from reflow_lab.training import train
+
+(STUDIES,) = [folder for folder in experiments_dirs() if folder.parent == conf_dir().parent]
+NAMES = sorted(str(path.relative_to(STUDIES).with_suffix("")) for path in STUDIES.rglob("*.yaml"))
+SCALES = [[], *([f"scale={path.stem}"] for path in sorted((conf_dir() / "scale").glob("*.yaml")))]
+ROWS = [(name, row) for name in NAMES for row in study.read(STUDIES / f"{name}.yaml").rows]
+EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
+OFFLINE = [name for name in EXPERIMENTS if not name.startswith("cifar10")]  # whose data are at hand
+
+
+@pytest.fixture(scope="module")
+def hydra():
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def needed(toy, images, tmp_path_factory):
+    """What an experiment leaves to the user: one's own images, a teacher."""
+    folder = tmp_path_factory.mktemp("folder")
+    for i in range(500):
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (4, 4, 3), np.uint8)).save(folder / f"{i}.png")
+
+    def needed(name):
+        own = [f"data.path={folder}"] if name.startswith("custom") else []
+        teacher = toy.teacher if name.startswith("toy") else images.teacher
+        return own if "base" in name or name.startswith("custom") else [f"teacher.path={teacher}"]
+
+    def both(name):
+        return [*needed(name), *([f"data.path={folder}", "teacher=none"] if name == "custom" else [])]
+
+    return both
+
+
+def test_the_search_found_the_files():
+    assert "quickstart" in NAMES and {"quickstart", "quickstart_base", "cifar10", "custom", "toy"} <= set(EXPERIMENTS)
+    assert len(SCALES) >= 3
+
+
+@pytest.mark.parametrize("scale", SCALES, ids=lambda scale: "".join(scale) or "scale of the study")
+@pytest.mark.parametrize("name, row", ROWS, ids=lambda value: value if isinstance(value, str) else value.name)
+def test_a_row_could_be_trained_and_measured(hydra, images, name, row, scale):
+    """Composed as the study does, and checked as it does before it trains: pairs, batches, splits, samplers at every NFE."""
+    described = study.read(STUDIES / f"{name}.yaml")
+    planned = study.plan(described, row, 0, [f"teacher.path={images.teacher}", *scale])
+    cfg = planned.configs[0]
+    assert [c.nfe for c in planned.configs] == list(described.nfe)
+    assert not scale or cfg.evaluation == compose("train", scale).evaluation
+    for node in (*cfg.dyn.values(), *cfg.lrn.values(), *cfg.inf.values()):
+        assert instantiate(node) is not None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_of_a_study_differ_and_compare(hydra, images, name):
+    described = study.read(STUDIES / f"{name}.yaml")
+    plans = [study.plan(described, row, 0, [f"teacher.path={images.teacher}"]) for row in described.rows]
+    study.require_comparable(plans)
+    results = {(train.plan(p.configs[0]).key, str(parts.plain(p.configs[0].inf))) for p in plans}
+    assert len(results) == len(plans)
+
+
+def test_the_ladder_is_cumulative(hydra, images):
+    described = study.read(STUDIES / "quickstart.yaml")
+    assert [row.name for row in described.rows] == ["base flow", "BSL", "+DYN", "+LRN", "+INF"] and described.nfe == (1, 2, 4, 9)
+    assert [row.against for row in described.rows] == [None, "base flow", "BSL", "+DYN", "+LRN"]
+    before = None
+    for row in described.rows[1:]:
+        cfg = study.plan(described, row, 0, [f"teacher.path={images.teacher}"]).configs[0]
+        stages = [parts.plain(cfg[stage]) for stage in ("dyn", "lrn", "inf")]
+        changed = [a != b for a, b in zip(stages, before or stages, strict=True)]
+        assert changed == [row.name == f"+{stage}" for stage in ("DYN", "LRN", "INF")]
+        before = stages
+
+
+@pytest.mark.parametrize("verb", ["train", "pairs", "evaluate"])
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_composes_into_the_verb(hydra, needed, name, verb):
+    cfg = compose(verb, [f"experiment={name}", *needed(name)])
+    parts.check(cfg)
+    with torch.device("meta"):
+        network = instantiate(cfg.net)
+    assert sum(p.numel() for p in network.parameters()) > 1000
+    for node in (*cfg.dyn.values(), *cfg.lrn.values(), *cfg.inf.values(), cfg.pairs.solver, cfg.pairs.grid):
+        assert instantiate(node) is not None
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_a_base_flow_starts_from_scratch_and_a_reflow_from_its_teacher(hydra, name):
+    cfg = compose("train", [f"experiment={name}"])
+    is_base = "base" in name
+    assert cfg.training.start == ("scratch" if is_base else "teacher")
+    assert (OmegaConf.to_container(cfg.teacher)["path"] is None) == is_base
+    assert (set(instantiate(cfg.lrn.coupling).weights) == {"independent"}) == is_base
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_an_experiment_fits_its_data(hydra, needed, name):
+    cfg = compose("evaluate", [f"experiment={name}", *needed(name)])
+    evaluate.check(cfg)
+    if cfg.teacher.path is not None:
+        assert {pairs.plan(cfg, kind).recipe["kind"] for kind in ("backward", "forward")} == {"backward", "forward"}
+    if cfg.teacher.path is not None or "base" in name:
+        assert train.plan(cfg).recipe["config"]["training"] == parts.plain(cfg.training)
