@@ -97,17 +97,22 @@ class Exponential:
 
 @dataclass(frozen=True)
 class Points:
-    """The k times 1/k, 2/k, ..., 1 with equal weight: distillation to k Euler steps (Rectified Flow; k = 1 is t = 1 only)."""
+    """The k times t_max/k, 2 t_max/k, ..., t_max with equal weight: distillation to k Euler steps on the uniform grid.
+
+    Rectified Flow (arXiv 2209.03003), where t_max is 1 and k = 1 the point mass at t = 1: the times that sampling visits.
+    """
 
     k: int = 1
+    t_max: float = 1.0
 
     def __post_init__(self) -> None:
+        require(0 < self.t_max <= 1, "dyn.time.t_max", self.t_max, "must lie in (0, 1]")
         require(self.k >= 1, "dyn.time.k", self.k, "a whole number of steps >= 1")
 
     def quantile(self, u: Tensor) -> Tensor:
-        """The inverse CDF, t = ceil(k u) / k."""
-        return (self.k * u).ceil() / self.k
+        """The inverse CDF, t = t_max ceil(k u) / k."""
+        return self.t_max * (self.k * u).ceil() / self.k
 
     def cdf(self, t: Tensor) -> Tensor:
         """P(T <= t): the share of points that are <= t, up to rounding of t."""
-        return (self.k * t + 1e-9).floor().clamp(0, self.k) / self.k
+        return (self.k * t / self.t_max + 1e-9).floor().clamp(0, self.k) / self.k

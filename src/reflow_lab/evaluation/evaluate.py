@@ -36,9 +36,11 @@ NUM_SHOWN = {"images": 64, "points": 2000}  #: first samples kept, for pictures
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """Measure `run` at `nfe`, or read the result if it is there; prints a line and returns the metrics."""
-    path = files.find(parts.require_run(cfg.run), cfg.profile)
+    run = parts.described(files.find(parts.require_run(cfg.run), cfg.profile), parts.data_source(cfg), "run")
+    if cfg.t_max is None:
+        cfg.t_max = run.t_max
     check(cfg)
-    metrics = measured(cfg, parts.described(path, parts.data_source(cfg), "run"))
+    metrics = measured(cfg, run)
     print(summary(metrics))
     return metrics
 
@@ -47,7 +49,7 @@ def summary(metrics: dict[str, Any]) -> str:
     """A line for people: every number, with half of its 95 % interval."""
     halves = {name: f" ± {(high - low) / 2:.2g}" for name, (low, high) in metrics["intervals"].items()}
     numbers = {name: value for name, value in metrics.items() if isinstance(value, float) and name != "nfe"}
-    return f"nfe {metrics['nfe']:g}: " + ", ".join(f"{name} {value:.4g}{halves.get(name, '')}" for name, value in numbers.items())
+    return f"N {metrics['num_images']}, nfe {metrics['nfe']:g}: " + ", ".join(f"{name} {value:.4g}{halves.get(name, '')}" for name, value in numbers.items())
 
 
 def check(cfg: DictConfig) -> None:

@@ -19,8 +19,10 @@ from ..networks.precision import InPrecision
 
 def sample(cfg: DictConfig) -> Path:
     """Draw `num_images` of `run` with inf's solver and grid at `nfe`, and write them to `out` (.png or .npz)."""
-    parts.check(cfg)
     flow = api.load(parts.require_run(cfg.run), cfg.profile)
+    if cfg.t_max is None:
+        cfg.t_max = flow.t_max
+    parts.check(cfg)
     out = target(cfg.out, flow.shape)
     flow.velocity = InPrecision(flow.velocity, cfg.precision)
     how = {"solver": instantiate(cfg.inf.solver), "grid": instantiate(cfg.inf.grid), "nfe": cfg.nfe, "t_max": cfg.t_max}

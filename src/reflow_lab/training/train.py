@@ -18,11 +18,12 @@ from ..artifacts import Artifact, artifact
 from ..dyn.objective import Objective
 from ..errors import UserError, require
 from ..lrn import pairs
-from ..lrn.couplings import IndependentPairs, Pairs
+from ..lrn.couplings import Coupling, IndependentPairs, Pairs
 from ..networks import files
 from ..networks.precision import InPrecision
 from .diagnostics import ByTime
 from .ema import EMA
+from .few_step import FewStep
 from .lifecycle import Checkpoints, DurableCheckpoints, JSONLines, Report, Steps
 from .module import FlowModule
 
@@ -55,7 +56,9 @@ def plan(cfg: DictConfig) -> Artifact:
         "pairs": {kind: pairs.plan(cfg, kind).key for kind in kinds if kind != "independent"},
         "start": None if cfg.training.start == "scratch" else files.weights_hash(start_file(cfg)),
     }
-    return artifact(cfg.outputs, "train", VERSION, config={key: parts.plain(cfg[key]) for key in CONFIG_KEYS}, inputs=inputs)
+    config = {key: parts.plain(cfg[key]) for key in CONFIG_KEYS}
+    del config["training"]["start"]  # a path; its content's hash is among the inputs
+    return artifact(cfg.outputs, "train", VERSION, config=config, inputs=inputs)
 
 
 def require_labels(cfg: DictConfig, kinds: Iterable[str]) -> None:
@@ -136,15 +139,19 @@ def optimise(cfg: DictConfig, folder: Path, network: nn.Module, ema: EMA, total:
     names = ("batch_size", "lr", "betas", "warmup_kimg", "gradient_clip")
     module = FlowModule(velocity, objective, coupling, seed=cfg.seed, **{name: options[name] for name in names})
     checkpoint, lines = folder / "last.ckpt", JSONLines(folder / "metrics.jsonl")
-    checkpoints = Checkpoints(checkpoint, cfg.trainer.checkpoint_every_s)
-    watching = [ByTime(heldout, cfg.trainer.diagnostics_every_kimg), Report(cfg.name or folder.name, cfg.trainer.log_every_kimg)]
     chosen = loggers(cfg, folder)
     trainer = quiet_trainer(
         accelerator=cfg.trainer.accelerator,
         devices=cfg.trainer.devices,
         max_steps=total,
         logger=[lines, *chosen],
-        callbacks=[*more, instantiate(cfg.lrn.dropout), ema, *watching, checkpoints],  # the last holds what the others did
+        callbacks=[
+            *more,
+            instantiate(cfg.lrn.dropout),
+            ema,
+            *watchers(cfg, folder, heldout),
+            Checkpoints(checkpoint, cfg.trainer.checkpoint_every_s),
+        ],  # the last holds what the others did
         plugins=[DurableCheckpoints()],
         default_root_dir=folder,
     )
@@ -157,6 +164,18 @@ def optimise(cfg: DictConfig, folder: Path, network: nn.Module, ema: EMA, total:
     if trainer.global_step < total:
         print(f"stopped at step {trainer.global_step} of {total}, saved; the same command goes on")
         raise KeyboardInterrupt
+
+
+def watchers(cfg: DictConfig, folder: Path, heldout: Coupling) -> list[L.Callback]:
+    """What looks on while the flow trains: losses by time (DYN), few-step samples (INF), bar and log."""
+    options = cfg.trainer
+    sampling = {"solver": instantiate(cfg.inf.solver), "grid": instantiate(cfg.inf.grid), "nfe": cfg.nfe, "t_max": cfg.t_max}
+    paired = "independent" not in instantiate(cfg.lrn.coupling).weights
+    return [
+        ByTime(heldout, options.diagnostics_every_kimg),
+        FewStep(heldout, **sampling, every_kimg=options.few_step_every_kimg, paired=paired, picture_path=folder / "few_step.png"),
+        Report(cfg.name or folder.name, options.log_every_kimg),
+    ]
 
 
 def prepared(network: nn.Module, cfg: DictConfig) -> InPrecision:
@@ -217,7 +236,6 @@ def write_weights(cfg: DictConfig, folder: Path, network: nn.Module, ema: EMA) -
         "num_classes": parts.net_classes(cfg),
         "t_max": cfg.t_max,
         "kimg": cfg.training.total_kimg,
-        "name": cfg.name,
     }
     (folder / "weights").mkdir(exist_ok=True)
     network.to("cpu")
