@@ -96,7 +96,13 @@ def test_comparisons_are_of_medians_without_the_warm_up():
 
 @pytest.mark.parametrize(
     ("argv", "word"),
-    [([], "what"), (["fly"], "fly"), (["train", "--sped"], "--sped"), (["train", "--repeats", "0"], "--repeats=0")],
+    [
+        ([], "what"),
+        (["fly"], "fly"),
+        (["train", "--sped"], "--sped"),
+        (["train", "--repeats", "0"], "--repeats=0"),
+        (["train", "--out", "no/x"], "--out=no/x"),
+    ],
 )
 def test_bad_words_are_one_line_and_status_2(argv, word, capsys):
     assert cli.main(["bench", *argv]) == 2

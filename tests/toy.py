@@ -13,6 +13,7 @@ from reflow_lab.networks import files
 from reflow_lab.paths import conf_dir
 
 SMALL = [
+    "~experiment",
     "data=gaussian",
     "data.num_points=400",
     "net=mlp",

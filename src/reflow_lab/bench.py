@@ -72,6 +72,8 @@ def main(argv: Sequence[str]) -> None:
     args = parser().parse_args(argv)
     require(args.device != "cuda" or torch.cuda.is_available(), "--device", "cuda", "no CUDA device here; allowed: auto, cpu")
     require(args.repeats is None or args.repeats >= 1, "--repeats", args.repeats, "must be at least 1")
+    has_folder = args.out is None or args.out.parent.is_dir()
+    require(has_folder, "--out", args.out, "its folder does not exist")
     sizes = QUICK if args.quick else Sizes()
     with contextlib.redirect_stdout(sys.stderr):  # nothing but JSON on stdout
         found = BENCHES[args.what](args.device, replace(sizes, repeats=args.repeats or sizes.repeats))

@@ -22,10 +22,12 @@ def plain(cfg: Any) -> Any:
     return OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
 
 
+ACCELERATORS = ("auto", "cpu", "gpu")  #: auto is a CUDA device where there is one
+
+
 def device(cfg: DictConfig) -> torch.device:
-    """The device that `trainer.accelerator` means for work outside a trainer."""
-    name = cfg.trainer.accelerator
-    return torch.device("cuda" if name in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu")
+    """The device that `trainer.accelerator` means."""
+    return torch.device("cuda" if cfg.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def data_source(cfg: DictConfig) -> DataSource:
@@ -48,18 +50,58 @@ def network(cfg: DictConfig) -> nn.Module:
 def check(cfg: DictConfig) -> None:
     """Raise a `UserError` for values that no constructor sees."""
     for key, low in (("training.batch_size", 1), ("training.num_heldout", 1), ("nfe", 1), ("seed", 0)):
+        require_whole(key, OmegaConf.select(cfg, key), low)
+    for key in ("training.total_kimg", "training.warmup_kimg", "trainer.checkpoint_every_s"):
         value = OmegaConf.select(cfg, key)
-        require(isinstance(value, int) and value >= low, key, value, f"must be a whole number of at least {low}")
-    for key in ("training.total_kimg", "training.warmup_kimg"):
-        value = OmegaConf.select(cfg, key)
-        require(isinstance(value, int | float) and value >= 0, key, value, "must be a number of at least 0")
-    for key in ("training.lr", "training.gradient_clip", "trainer.log_every_kimg", "trainer.diagnostics_every_kimg"):
+        require(is_number(value) and value >= 0, key, value, "must be a number of at least 0")
+    intervals = ("trainer.log_every_kimg", "trainer.diagnostics_every_kimg", "trainer.few_step_every_kimg")
+    for key in ("training.lr", "training.gradient_clip", *intervals):
         value = OmegaConf.select(cfg, key)
         off = value is None and key == "training.gradient_clip"
-        require(off or (isinstance(value, int | float) and value > 0), key, value, "must be a positive number")
+        require(off or (is_number(value) and value > 0), key, value, "must be a positive number")
     require(cfg.seed < 2**31, "seed", cfg.seed, "must be below 2^31")
-    require(isinstance(cfg.t_max, int | float) and 0 < cfg.t_max <= 1, "t_max", cfg.t_max, "must lie in (0, 1]")
+    require(is_number(cfg.t_max) and 0 < cfg.t_max <= 1, "t_max", cfg.t_max, "must lie in (0, 1]")
     require_precision(cfg.precision)
+    check_lists(cfg)
+    check_paths(cfg)
+    check_machine(cfg)
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a number: true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def require_whole(key: str, value: Any, low: int) -> None:
+    """Raise a `UserError` unless the value is a whole number of at least `low`."""
+    fits = isinstance(value, int) and not isinstance(value, bool) and value >= low
+    require(fits, key, value, f"must be a whole number of at least {low}")
+
+
+def check_lists(cfg: DictConfig) -> None:
+    """Raise a `UserError` for lists of numbers that are none."""
+    betas, halflives = plain(cfg.training.betas), plain(cfg.training.ema_halflives_mimg)
+    pair = isinstance(betas, list) and len(betas) == 2 and all(is_number(beta) and 0 <= beta < 1 for beta in betas)
+    require(pair, "training.betas", betas, "must be two numbers in [0, 1)")
+    positive = isinstance(halflives, list) and all(is_number(halflife) and halflife > 0 for halflife in halflives)
+    require(positive, "training.ema_halflives_mimg", halflives, "must be a list of positive numbers")
+
+
+def check_paths(cfg: DictConfig) -> None:
+    """Raise a `UserError` where a path or a name is something else, e.g. a number."""
+    for key in ("training.start", "teacher.path", "teacher.profile", "run", "profile"):
+        value = OmegaConf.select(cfg, key)
+        missing = value is None and key != "training.start"
+        require(missing or isinstance(value, str | Path), key, value, "must be a text")
+
+
+def check_machine(cfg: DictConfig) -> None:
+    """Raise a `UserError` for a device that is not there, or several."""
+    name = cfg.trainer.accelerator
+    require(name in ACCELERATORS, "trainer.accelerator", name, f"allowed: {', '.join(ACCELERATORS)}")
+    there = name != "gpu" or torch.cuda.is_available()
+    require(there, "trainer.accelerator", name, "no CUDA device here; allowed: auto, cpu")
+    require(cfg.trainer.devices == 1, "trainer.devices", cfg.trainer.devices, "must be 1: several devices are not in yet")
 
 
 @dataclass(frozen=True)

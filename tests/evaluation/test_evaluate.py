@@ -206,13 +206,13 @@ MISTAKES = {
     "evaluation.num_resamples=1": "evaluation.num_resamples=1: must be",
     "evaluation.straightness.nfe=0": "evaluation.straightness.nfe=0: must be",
     "evaluation.seed=1000": "evaluation.seed=1000: must differ from pairs.seed",
-    "evaluation.features.resolution=8": "evaluation.features.resolution=8: at least 32",
+    "evaluation.features.resolution=8": "evaluation.features.resolution=8: a whole number of at least 32",
     "run=null": "run=null: give a run folder",
     "run=nowhere.safetensors": "nowhere.safetensors: no such file",
     "profile=ema3": "profile=ema3: allowed: ema0.1, raw",
     "nfe=0": "nfe=0: must be a whole number",
     "t_max=1.5": "t_max=1.5: must lie in",
-    "inf/grid=listed": "inf.grid.times=.*: the list has 5 steps, but .* take 2",
+    "inf/grid=listed": "grid.times=.*: the list has 5 steps, but .* take 2",
     "precision=fp8": "precision=fp8: allowed",
 }
 

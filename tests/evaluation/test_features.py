@@ -98,6 +98,10 @@ def test_bf16_is_close_but_another_protocol() -> None:
 def test_bad_input_is_said_in_one_line(tmp_path, monkeypatch) -> None:
     with pytest.raises(UserError, match=r"evaluation\.features\.precision=fp16: fp32 or bf16"):
         Lite0Features(precision="fp16")
+    with pytest.raises(UserError, match=r"evaluation\.features\.resolution=big: a whole number of at least 32"):
+        Lite0Features(resolution="big")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"evaluation\.features\.batch_size=0: a whole number of at least 1"):
+        Lite0Features(batch_size=0)
     with pytest.raises(UserError, match="shape"):
         Lite0Features()(torch.zeros(2, 2, 8, 8))
     with pytest.raises(UserError, match="finite"):

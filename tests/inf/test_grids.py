@@ -70,21 +70,21 @@ def test_grids_in_sigma_refuse_infinite_or_too_little_noise(grid: Grid, t_max: f
 @pytest.mark.parametrize(
     ("make", "key"),
     [
-        (lambda: Sigmoid(-1), "inf.grid.kappa=-1"),
-        (lambda: Sigmoid(math.nan), "inf.grid.kappa=nan"),
-        (lambda: Sigmoid(100), "inf.grid.kappa=100"),
-        (lambda: EDM(rho=0), "inf.grid.rho=0"),
-        (lambda: EDM(sigma_min=0), "inf.grid.sigma_min=0"),
-        (lambda: LogitUniform(sigma_min=-1), "inf.grid.sigma_min=-1"),
-        (lambda: Listed([1, 0.5, 0.5, 0]), "inf.grid.times"),
-        (lambda: Listed([0.9, 0.5, 0]), "inf.grid.times"),
-        (lambda: Listed([1, 0.5]), "inf.grid.times"),
-        (lambda: Listed([]), "inf.grid.times"),
-        (lambda: Listed([1, 0.5, 0])(3, 1.0), "inf.grid.times"),
+        (lambda: Sigmoid(-1), "kappa=-1"),
+        (lambda: Sigmoid(math.nan), "kappa=nan"),
+        (lambda: Sigmoid(100), "kappa=100"),
+        (lambda: EDM(rho=0), "rho=0"),
+        (lambda: EDM(sigma_min=0), "sigma_min=0"),
+        (lambda: LogitUniform(sigma_min=-1), "sigma_min=-1"),
+        (lambda: Listed([1, 0.5, 0.5, 0]), "times"),
+        (lambda: Listed([0.9, 0.5, 0]), "times"),
+        (lambda: Listed([1, 0.5]), "times"),
+        (lambda: Listed([]), "times"),
+        (lambda: Listed([1, 0.5, 0])(3, 1.0), "grid.times"),
     ],
 )
 def test_bad_parameters_are_named(make: object, key: str) -> None:
-    with pytest.raises(UserError, match=key):
+    with pytest.raises(UserError, match=f"^{key}"):
         make()  # type: ignore[operator]
 
 
@@ -112,5 +112,5 @@ def test_ascending_uniform_and_edm_reverse_the_downward_grid() -> None:
 def test_ascending_refuses_what_cannot_climb() -> None:
     with pytest.raises(UserError, match=r"^t_max=0\.001: "):
         ascending(Uniform(), 4, 0.001)
-    with pytest.raises(UserError, match=r"^inf\.grid="):
+    with pytest.raises(UserError, match=r"^grid="):
         ascending(lambda num_steps, t_max: torch.tensor([t_max, 0.0], dtype=torch.float64), 4, 0.9)

@@ -137,6 +137,7 @@ def test_num_pairs_and_seed_stand_in_for_the_configured_ones(cfg):
         ("backward", "pairs.num_backward=1.5", r"pairs\.num_backward=1\.5: must be a whole number"),
         ("backward", "pairs.shard_size=0", r"pairs\.shard_size=0: must be a whole number"),
         ("backward", "pairs.batch_size=none", r"pairs\.batch_size=none: must be a whole number"),
+        ("backward", "pairs.seed=-1", r"pairs\.seed=-1: must be a whole number of at least 0"),
         ("backward", "pairs.nfe=0", r"pairs\.nfe=0: must be a whole number"),
         ("backward", "pairs.dtype=int4", r"pairs\.dtype=int4: allowed: uint8, float16, float32"),
         ("forward", "pairs.dtype=uint8", r"pairs\.dtype=uint8: holds images only"),

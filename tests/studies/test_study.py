@@ -178,7 +178,7 @@ MISTAKES = {
     "training.batch_size=0": ({}, "training.batch_size=0: must be"),
     "name=x": ({"rows": [*ROWS, {"name": "z", "overrides": ["evaluation.num_images=50"]}]}, "z: evaluation={"),
     "name=y": ({"rows": [*ROWS, {"name": "z", "overrides": ["dyn/weight=none"]}]}, "dyn/weight=none: no such member"),
-    "inf/grid=listed": ({}, "inf.grid.times="),
+    "inf/grid=listed": ({}, "grid.times="),
 }
 
 

@@ -181,9 +181,10 @@ class Lite0Features:
     weight_hash = WEIGHT_HASH
 
     def __init__(self, resolution: int = 96, precision: str = "fp32", batch_size: int = 32):
-        require(resolution >= 32, "evaluation.features.resolution", resolution, "at least 32")
+        for key, value, low in (("resolution", resolution, 32), ("batch_size", batch_size, 1)):
+            fits = isinstance(value, int) and not isinstance(value, bool) and value >= low
+            require(fits, f"evaluation.features.{key}", value, f"a whole number of at least {low}")
         require(precision in ("fp32", "bf16"), "evaluation.features.precision", precision, "fp32 or bf16")
-        require(batch_size >= 1, "evaluation.features.batch_size", batch_size, "at least 1")
         self.resolution, self.precision, self.batch_size = resolution, precision, batch_size
 
     def __call__(self, images: Tensor) -> Tensor:

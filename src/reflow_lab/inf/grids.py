@@ -42,7 +42,7 @@ class Sigmoid:
     kappa: float = 10.0
 
     def __post_init__(self) -> None:
-        require(0 <= self.kappa <= 60, "inf.grid.kappa", self.kappa, "a number from 0 (uniform) to 60")
+        require(0 <= self.kappa <= 60, "kappa", self.kappa, "a number from 0 (uniform) to 60")
 
     def __call__(self, num_steps: int, t_max: float) -> Tensor:
         """t_i = t_max (s(u) - s(0)) / (s(1) - s(0)), u = 1 - i/N."""
@@ -65,8 +65,8 @@ class EDM:
     sigma_min: float = SIGMA_MIN
 
     def __post_init__(self) -> None:
-        require(self.rho > 0, "inf.grid.rho", self.rho, "a number above 0")
-        require(self.sigma_min > 0, "inf.grid.sigma_min", self.sigma_min, "a number above 0")
+        require(self.rho > 0, "rho", self.rho, "a number above 0")
+        require(self.sigma_min > 0, "sigma_min", self.sigma_min, "a number above 0")
 
     def __call__(self, num_steps: int, t_max: float) -> Tensor:
         """t_i = sigma_i / (1 + sigma_i), i < N, and t_N = 0."""
@@ -85,7 +85,7 @@ class LogitUniform:
     sigma_min: float = SIGMA_MIN
 
     def __post_init__(self) -> None:
-        require(self.sigma_min > 0, "inf.grid.sigma_min", self.sigma_min, "a number above 0")
+        require(self.sigma_min > 0, "sigma_min", self.sigma_min, "a number above 0")
 
     def __call__(self, num_steps: int, t_max: float) -> Tensor:
         """logit t_i linear in i < N, and t_N = 0."""
@@ -103,13 +103,13 @@ class Listed:
         times = [float(time) for time in self.times]
         falls = all(a > b for a, b in itertools.pairwise(times))
         valid = len(times) > 1 and falls and times[0] == 1 and times[-1] == 0
-        require(valid, "inf.grid.times", times, "fractions of t_max, strictly descending from 1 to 0")
+        require(valid, "times", times, "fractions of t_max, strictly descending from 1 to 0")
 
     def __call__(self, num_steps: int, t_max: float) -> Tensor:
         """The listed times t_max; num_steps has to be the number of listed steps."""
         listed = len(self.times) - 1
         allowed = f"the list has {listed} steps, but this solver and nfe take {num_steps}"
-        require(listed == num_steps, "inf.grid.times", list(self.times), allowed)
+        require(listed == num_steps, "grid.times", list(self.times), allowed)
         return torch.tensor([float(time) for time in self.times], dtype=torch.float64) * t_max
 
 
@@ -125,7 +125,7 @@ def ascending(grid: Grid, num_steps: int, t_max: float, t_min: float = T_MIN) ->
         above = times[times > t_min * (1 + 1e-9)]
         if len(above) >= num_steps:
             return torch.cat((above.new_tensor([t_min]), above[-num_steps:]))
-    raise bad_value("inf.grid", grid, f"a grid with at least {num_steps} points above t = {t_min:.6g}")
+    raise bad_value("grid", grid, f"a grid with at least {num_steps} points above t = {t_min:.6g}")
 
 
 def _linspace(start: float, end: float, num: int) -> Tensor:

@@ -177,7 +177,7 @@ class DPM(TwoCall):
     singular: ClassVar[tuple[float, ...]] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        require(0 < self.r <= 1, "inf.solver.r", self.r, "a number in (0, 1]")
+        require(0 < self.r <= 1, "r", self.r, "a number in (0, 1]")
 
     def stage(self, t: float, t_next: float) -> tuple[float, float]:
         """t_m = sigma_m / (1 + sigma_m), c = (1 - t_m) / (1 - t) / (2r)."""
@@ -200,7 +200,7 @@ class RFPlusPlus(FixedStep):
 
     def rules(self, x: Tensor, times: list[float], nfe: int | None) -> Sequence[Rule]:
         """The rule with the noise that x starts from."""
-        require(times[0] > times[-1], "inf/solver", "rfpp", "goes from noise to data only; forward pairs need another solver")
+        require(times[0] > times[-1], "solver", "rfpp", "goes from noise to data only; forward pairs need another solver")
         return [functools.partial(self.step, z1=x / times[0])] * (len(times) - 1)
 
 
@@ -218,8 +218,8 @@ class Adaptive:
     fixed_step: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        require(self.rtol > 0, "inf.solver.rtol", self.rtol, "a number above 0")
-        require(self.atol > 0, "inf.solver.atol", self.atol, "a number above 0")
+        require(self.rtol > 0, "rtol", self.rtol, "a number above 0")
+        require(self.atol > 0, "atol", self.atol, "a number above 0")
 
     def num_steps(self, nfe: int, start: float, stop: float) -> int:
         """One grid step for each of nfe; the calls made follow from the tolerance."""
@@ -256,5 +256,5 @@ class Adaptive:
         times = grid if every else grid[[0, -1]]
         if grid[-1] >= T_MIN:
             return times
-        require(grid[0].item() > T_MIN, "t_max", grid[0].item(), f"a number above {T_MIN:.6g} with inf/solver=adaptive")
+        require(grid[0].item() > T_MIN, "t_max", grid[0].item(), f"a number above {T_MIN:.6g} with the adaptive solver")
         return torch.cat((times[times > T_MIN * (1 + 1e-9)], times.new_tensor([T_MIN])))

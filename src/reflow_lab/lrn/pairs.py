@@ -65,7 +65,8 @@ def check(cfg: DictConfig, kind: str, count: int, source: DataSource) -> None:
     images = source.split("train")
     whole = {f"num_{kind}": count, **{key: cfg.pairs[key] for key in ("nfe", "batch_size", "shard_size")}}
     for key, value in whole.items():
-        require(isinstance(value, int) and value >= 1, f"pairs.{key}", value, "must be a whole number of at least 1")
+        parts.require_whole(f"pairs.{key}", value, 1)
+    parts.require_whole("pairs.seed", cfg.pairs.seed, 0)
     fits = kind == "backward" or count <= len(images)
     require(fits, "pairs.num_forward", count, f"at most the number of training images, {len(images)}")
     solver = cfg.pairs.solver
