@@ -4,7 +4,7 @@ import torch
 
 from reflow_lab.data.sets import PointSet
 from reflow_lab.errors import UserError
-from reflow_lab.lrn.couplings import Batch, Draws, IndependentPairs, Mixture, shares
+from reflow_lab.lrn.couplings import Batch, Draws, IndependentPairs, Mixture, Prefetched, shares
 
 SEED = 4
 
@@ -141,3 +141,38 @@ def test_cutting_a_batch_in_two_changes_nothing():
     whole = pairs.read(indices, 100)
     halves = [pairs.read(indices[:5], 100), pairs.read(indices[5:], 105)]
     assert torch.equal(torch.cat([half.x1 for half in halves]), whole.x1)
+
+
+def test_batches_drawn_ahead_are_the_same_in_and_out_of_order():
+    plain = opened(independent=1, backward=1)[0]
+    ahead = Prefetched(opened(independent=1, backward=1)[0])
+    for step in (0, 1, 2, 5, 4, 4, 5, 0):
+        assert torch.equal(ahead.batch(step).x0, plain.batch(step).x0)
+
+
+def test_the_next_batch_is_drawn_ahead_and_its_error_waits_for_its_step():
+    class Breaks:
+        def __init__(self):
+            self.drawn = []
+
+        def batch(self, step):
+            self.drawn.append(step)
+            if step == 2:
+                raise UserError("a broken shard")
+            return SOURCES["backward"].read(np.arange(3) + step, 0)
+
+    coupling = Breaks()
+    ahead = Prefetched(coupling)
+    assert ahead.batch(0).x0[0, 1] == 0
+    assert ahead.batch(1).x0[0, 1] == 1
+    with pytest.raises(UserError, match="a broken shard"):
+        ahead.batch(2)
+    assert coupling.drawn[:3] == [0, 1, 2]
+
+
+@pytest.mark.gpu
+def test_a_batch_lies_on_one_device():
+    images = points().to("cuda")
+    batch = IndependentPairs(images, SEED).read(np.arange(5), 0)
+    assert all(tensor.device.type == "cuda" for tensor in batch)
+    assert torch.equal(batch.x1.cpu(), IndependentPairs(points(), SEED).read(np.arange(5), 0).x1)

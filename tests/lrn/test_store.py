@@ -54,6 +54,16 @@ def test_forward_images_are_the_data_sets(tmp_path):
     assert make(tmp_path / "unlabelled", "forward")[0].read(np.array([8])).label is None
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["backward", "forward"])
+def test_a_batch_lies_where_the_images_lie(tmp_path, kind):
+    store = make(tmp_path, kind, num_classes=3)[0]
+    expected = store.read(np.array([8, 1]))
+    found = PairStore(tmp_path, images().to("cuda")).read(np.array([8, 1]))
+    for a, b in zip(found, expected, strict=True):
+        assert a.device.type == "cuda" and torch.equal(a.cpu(), b)
+
+
 def test_forward_pairs_want_the_data_set(tmp_path):
     make(tmp_path, "forward")
     with pytest.raises(UserError, match="images=None: forward pairs refer to the data set"):

@@ -49,7 +49,8 @@ def summary(metrics: dict[str, Any]) -> str:
     """A line for people: every number, with half of its 95 % interval."""
     halves = {name: f" ± {(high - low) / 2:.2g}" for name, (low, high) in metrics["intervals"].items()}
     numbers = {name: value for name, value in metrics.items() if isinstance(value, float) and name != "nfe"}
-    return f"N {metrics['num_images']}, nfe {metrics['nfe']:g}: " + ", ".join(f"{name} {value:.4g}{halves.get(name, '')}" for name, value in numbers.items())
+    shown = ", ".join(f"{name} {value:.4g}{halves.get(name, '')}" for name, value in numbers.items())
+    return f"N {metrics['num_images']}, nfe {metrics['nfe']:g}: {shown}"
 
 
 def check(cfg: DictConfig) -> None:

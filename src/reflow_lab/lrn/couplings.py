@@ -5,6 +5,7 @@ same batches. `Mixture` is what a configuration names; opened on its sources it 
 """
 
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -19,12 +20,23 @@ from ..noise import Indices, batch_indices, normal
 KINDS = ("independent", "backward", "forward")  #: what a mixture may hold
 
 
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; to CUDA by pinned memory, so that nobody waits for the copy."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 class Batch(NamedTuple):
     """Pairs: x0 data and x1 noise, (n, ...) float32; label (n,) int64 or None."""
 
     x0: Tensor
     x1: Tensor
     label: Tensor | None
+
+    def to(self, device: torch.device) -> "Batch":
+        """All of it on one device."""
+        return Batch(moved(self.x0, device), moved(self.x1, device), None if self.label is None else moved(self.label, device))
 
 
 class Coupling(Protocol):
@@ -59,7 +71,7 @@ class IndependentPairs:
         """x1 is keyed by the sample's position in training, not by its image."""
         x0, label = self.images.take(indices)
         positions = np.arange(position, position + len(indices))
-        return Batch(x0, normal(self.seed, "coupling/independent", positions, self.images.shape).to(x0.device), label)
+        return Batch(x0, normal(self.seed, "coupling/independent", positions, self.images.shape), label).to(x0.device)
 
 
 @dataclass(frozen=True)
@@ -90,6 +102,27 @@ class Mixed:
         x0, x1, label = zip(*(part.batch(step) for part in self.parts), strict=True)
         labels = None if any(y is None for y in label) else torch.cat(label)
         return Batch(torch.cat(x0), torch.cat(x1), labels)
+
+
+class Prefetched:
+    """A coupling that draws the next step's batch in a thread while the present one is used, so that a GPU need not wait.
+
+    The batches stay the same, since each is a function of its step alone; an error surfaces at its step.
+    """
+
+    def __init__(self, coupling: Coupling) -> None:
+        self.coupling, self.thread = coupling, ThreadPoolExecutor(1)
+        self.ahead: tuple[int, Future[Batch]] | None = None
+
+    def batch(self, step: int) -> Batch:
+        """See `Coupling`."""
+        is_ahead = self.ahead is not None and self.ahead[0] == step
+        found = self.ahead[1] if self.ahead and is_ahead else self._draw(step)
+        self.ahead = step + 1, self._draw(step + 1)
+        return found.result()
+
+    def _draw(self, step: int) -> Future[Batch]:
+        return self.thread.submit(self.coupling.batch, step)
 
 
 def shares(weights: Mapping[str, float], batch_size: int) -> dict[str, int]:

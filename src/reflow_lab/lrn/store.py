@@ -77,7 +77,10 @@ def write_manifest(folder: Path, provenance: dict[str, Any], counts: list[int]) 
 
 @dataclass(frozen=True)
 class PairStore:
-    """Random access to a folder of pairs; `images` is the data set's training split, which forward pairs refer to."""
+    """Random access to a folder of pairs; `images` is the data set's training split, which forward pairs refer to.
+
+    Batches come where `images` lie, on the CPU without them.
+    """
 
     folder: Path
     images: SampleSet | None = None
@@ -121,12 +124,14 @@ class PairStore:
         return to_float(values) if values.dtype == torch.uint8 else values.float()
 
     def read(self, indices: Indices, position: int = 0) -> Batch:
-        """The pairs of these indices (n,), on the CPU; `position` is unused, since stored pairs are fixed."""
+        """The pairs of these indices (n,), where the images lie; `position` is unused, since stored pairs are fixed."""
         values = self.stored(indices)
+        device = torch.device("cpu") if self.images is None else self.images.held.device
         if self.kind == "backward":
             seed, shape = self.manifest["seed"], tuple(self.manifest["shape"])
-            return Batch(values, pair_noise(seed, indices, shape), pair_labels(seed, indices, self.manifest["num_classes"]))
+            label = pair_labels(seed, indices, self.manifest["num_classes"])
+            return Batch(values, pair_noise(seed, indices, shape), label).to(device)
         require(self.images is not None, "images", None, "forward pairs refer to the data set they were made from")
         assert self.images is not None
-        x0, label = self.images.take(indices, "cpu")
-        return Batch(x0, values, label if self.manifest["num_classes"] else None)
+        x0, label = self.images.take(indices)
+        return Batch(x0, values, label if self.manifest["num_classes"] else None).to(device)

@@ -21,7 +21,7 @@ from . import table
 from .figure import draw_samples
 
 OWN_KEYS = ("study", "seeds", "out", "seed")  #: said of the study, not of its rows
-SHARED_KEYS = ("data", "teacher", "evaluation")  #: without which numbers of two rows do not compare
+SHARED_KEYS = ("data", "teacher", "evaluation", "precision")  #: without which numbers of two rows do not compare
 
 
 @dataclass(frozen=True)
@@ -134,11 +134,17 @@ def plan(study: Study, row: Row, seed: int, given: list[str]) -> Planned:
 
 def require_comparable(plans: Sequence[Planned]) -> None:
     """Raise a `UserError` unless all rows are measured alike."""
-    first = plans[0].configs[0]
+    first = measured_by(plans[0].configs[0])
     for row, _, (cfg, *_) in plans:
-        for name in SHARED_KEYS:
-            differ = f"differs from {plans[0].row.name}'s: rows that share a table share data, teacher and evaluation"
-            require(parts.plain(cfg[name]) == parts.plain(first[name]), f"{row.name}: {name}", parts.plain(cfg[name]), differ)
+        for name, value in measured_by(cfg).items():
+            differ = f"differs from {plans[0].row.name}'s: rows of one table share {', '.join(first)}"
+            require(value == first[name], f"{row.name}: {name}", value, differ)
+
+
+def measured_by(cfg: DictConfig) -> dict[str, Any]:
+    """What must be alike for numbers of two rows to compare; the teacher's samples depend on pairs' solver, grid and nfe too."""
+    shared = {name: parts.plain(cfg[name]) for name in SHARED_KEYS}
+    return shared if cfg.teacher.path is None else shared | {"teacher's samples": evaluate.teacher_samples_plan(cfg).key}
 
 
 def study(cfg: DictConfig) -> list[dict[str, Any]]:

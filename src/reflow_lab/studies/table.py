@@ -68,7 +68,11 @@ def heading(cells: Sequence[Cell]) -> str:
     noise = "the held-out noise (bootstrap); one training seed"
     over = f"{len(seeds)} training seeds (Student's t)" if len(seeds) > 1 else noise
     listed = ", ".join(map(str, seeds))
-    return f"N = {cells[0]['num_images']:,} samples a cell; training seeds {listed}; 95 % intervals over {over}. Lower is better."
+    lines = (
+        f"N = {cells[0]['num_images']:,} samples a cell; training seeds {listed}; 95 % intervals over {over}.",
+        "All rows share teacher, pairs and held-out noise. Lower is better.",
+    )
+    return " ".join(lines)
 
 
 def header(columns: Sequence[object]) -> list[str]:
@@ -93,8 +97,8 @@ def resampled(cell: Cell, metric: str) -> torch.Tensor:
 
 
 def estimate(cells: Sequence[Cell], metric: str) -> Interval:
-    """Over seeds where there are several, else over the noise."""
-    if len(cells) > 1:
+    """Over seeds where there are several that differ (a row without training has none), else over the noise."""
+    if len({cell[metric] for cell in cells}) > 1:
         return mean_interval([c[metric] for c in cells])
     return interval(cells[0][metric], resampled(cells[0], metric))
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..dyn.weights import LearnedNormalisation
 from ..flow import interpolate
 from ..lrn.couplings import Coupling
-from .module import FlowModule, to_device
+from .module import FlowModule
 
 
 def summary(name: str, values: Tensor) -> dict[str, float]:
@@ -24,7 +24,7 @@ def at_time(module: FlowModule, heldout: Coupling, t: float) -> dict[str, float]
     ReFlow, which is the motive of loss normalisation (Simple ReFlow, improvement 1). `gradient` is the norm of the weighted
     loss's gradient in the velocity, per sample. `calibration`, for a learned weight, is the mean of log l - u: 0 when it fits.
     """
-    x0, x1, label = to_device(heldout.batch(0), module.device)
+    x0, x1, label = heldout.batch(0).to(module.device)
     times = torch.full((len(x0),), t, device=module.device)
     answers: list[Tensor] = []
 

@@ -12,14 +12,8 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..dyn.objective import Losses, Objective
-from ..lrn.couplings import Batch, Coupling
+from ..lrn.couplings import Coupling, moved
 from ..noise import bits, uniform
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Move a batch."""
-    x0, x1, label = batch
-    return Batch(x0.to(device), x1.to(device), None if label is None else label.to(device))
 
 
 class FlowModule(L.LightningModule):
@@ -67,9 +61,9 @@ class FlowModule(L.LightningModule):
         """The mean weighted loss of step `global_step`; the loader's item is ignored, since batches are keyed by the step."""
         step = self.global_step
         self._seed_dropout(step)
-        x0, x1, label = to_device(self.coupling.batch(step), self.device)
+        x0, x1, label = self.coupling.batch(step).to(self.device)
         positions = np.arange(step * self.batch_size, step * self.batch_size + len(x0))
-        u = uniform(self.seed, "training/times", positions)[:, 0].to(self.device)
+        u = moved(uniform(self.seed, "training/times", positions)[:, 0], self.device)
         self.losses = self.objective(self.velocity, x0, x1, u, label)
         return self.losses.total.mean()
 

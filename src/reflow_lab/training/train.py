@@ -3,6 +3,7 @@
 import logging
 import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..artifacts import Artifact, artifact
 from ..dyn.objective import Objective
 from ..errors import UserError, require
 from ..lrn import pairs
-from ..lrn.couplings import Coupling, IndependentPairs, Pairs
+from ..lrn.couplings import Coupling, IndependentPairs, Pairs, Prefetched
 from ..networks import files
 from ..networks.precision import InPrecision
 from .diagnostics import ByTime
@@ -108,7 +109,8 @@ def leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 def sources(cfg: DictConfig, kinds: dict[str, float]) -> dict[str, Pairs]:
     """Every kind of pair that the coupling asks for, its store generated first where it is missing."""
     images = parts.data_source(cfg).split("train").to(parts.device(cfg))
-    made: dict[str, Pairs] = {kind: pairs.ensure(cfg, kind) for kind in kinds if kind != "independent"}
+    stored = (kind for kind in kinds if kind != "independent")
+    made: dict[str, Pairs] = {kind: replace(pairs.ensure(cfg, kind), images=images) for kind in stored}
     return made | {"independent": IndependentPairs(images, cfg.seed)} if "independent" in kinds else made
 
 
@@ -131,17 +133,19 @@ def optimise(cfg: DictConfig, folder: Path, network: nn.Module, ema: EMA, total:
     """`total` steps on the network, with everything that acts on or watches them; `more` is called first."""
     options, mixture = cfg.training, instantiate(cfg.lrn.coupling)
     coupling, heldout = mixture.open(sources(cfg, mixture.weights), options.batch_size, cfg.seed, options.num_heldout)
+    device = parts.device(cfg).type
     # one by one: instantiated together, OmegaConf would take the dataclasses among them for configurations
     objective = Objective(instantiate(cfg.dyn.time), instantiate(cfg.dyn.metric), instantiate(cfg.dyn.weight))
     if "independent" in mixture.weights and not objective.theory_preserving:
         warnings.warn(f"{BIASED} lrn/coupling=independent; see dyn/weight=learned_normalisation", stacklevel=1)
     velocity = prepared(network, cfg)
     names = ("batch_size", "lr", "betas", "warmup_kimg", "gradient_clip")
-    module = FlowModule(velocity, objective, coupling, seed=cfg.seed, **{name: options[name] for name in names})
+    drawn = Prefetched(coupling) if device == "cuda" else coupling
+    module = FlowModule(velocity, objective, drawn, seed=cfg.seed, **{name: options[name] for name in names})
     checkpoint, lines = folder / "last.ckpt", JSONLines(folder / "metrics.jsonl")
     chosen = loggers(cfg, folder)
     trainer = quiet_trainer(
-        accelerator=cfg.trainer.accelerator,
+        accelerator="gpu" if device == "cuda" else "cpu",
         devices=cfg.trainer.devices,
         max_steps=total,
         logger=[lines, *chosen],
