@@ -112,13 +112,12 @@ class Prefetched:
 
     def __init__(self, coupling: Coupling) -> None:
         self.coupling, self.thread = coupling, ThreadPoolExecutor(1)
-        self.ahead: tuple[int, Future[Batch]] | None = None
+        self.ahead: dict[int, Future[Batch]] = {}  #: at most one, under its step
 
     def batch(self, step: int) -> Batch:
         """See `Coupling`."""
-        is_ahead = self.ahead is not None and self.ahead[0] == step
-        found = self.ahead[1] if self.ahead and is_ahead else self._draw(step)
-        self.ahead = step + 1, self._draw(step + 1)
+        found = self.ahead.get(step) or self._draw(step)
+        self.ahead = {step + 1: self._draw(step + 1)}
         return found.result()
 
     def _draw(self, step: int) -> Future[Batch]:
