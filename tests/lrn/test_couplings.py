@@ -105,6 +105,11 @@ def test_a_batch_larger_than_the_data_is_refused():
         opened(batch=90, heldout=4, independent=1, forward=1)
 
 
+def test_a_kind_that_would_never_be_drawn_is_refused():
+    with pytest.raises(UserError, match=r"^lrn\.coupling\.forward=0\.01: .*no forward sample in a batch of 12"):
+        opened(backward=1, forward=0.01)
+
+
 def test_labels_are_dropped_where_a_part_has_none():
     sources = SOURCES | {"forward": Numbered(2, 30, labelled=False)}
     assert Mixture(backward=1, forward=1).open(sources, 8, SEED, 4)[0].batch(0).label is None

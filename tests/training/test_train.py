@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from reflow_lab import parts
 from reflow_lab.artifacts import Artifact
@@ -67,7 +68,7 @@ def test_a_run_leaves_weights_averages_metrics_and_its_configuration(undisturbed
     assert not (undisturbed / "last.ckpt").exists()
     description = files.describe(files.find(undisturbed))
     assert description["profile"] == "ema0.002" and description["shape"] == [2] and description["t_max"] == T_MAX
-    assert training.run_config(undisturbed).training.total_kimg == 1.28
+    assert OmegaConf.load(undisturbed / "config.yaml").training.total_kimg == 1.28
 
 
 def test_a_repeated_command_returns_at_once(undisturbed, monkeypatch, capsys):
@@ -204,6 +205,18 @@ def test_a_signal_to_the_command(tmp_path, undisturbed, number, status, every_s,
     assert outcome(train(config("train", tmp_path, *overrides))) == outcome(undisturbed)
 
 
+def test_a_signal_in_a_step_that_diverged_saves_nothing(tmp_path, monkeypatch, capsys):
+    def ruin(module):
+        if module.global_step == STOP:
+            os.kill(os.getpid(), signal.SIGTERM)
+            torch.nn.init.constant_(next(module.velocity.parameters()), float("nan"))
+
+    watch_weights(monkeypatch, ruin)
+    with pytest.raises(UserError, match=rf"^loss=nan at step {STOP + 1}: stopped, the last checkpoint is kept"):
+        train(config("train", tmp_path, *BASE))
+    assert "saved" not in capsys.readouterr().out and not any(tmp_path.rglob("last.ckpt"))
+
+
 def test_a_damaged_checkpoint_is_named(tmp_path, monkeypatch):
     cfg = config("train", tmp_path, *BASE, "trainer.checkpoint_every_s=0")
     with monkeypatch.context() as patch, pytest.raises(Accident):
@@ -253,7 +266,7 @@ def test_no_training_gives_the_teachers_weights(tmp_path, teacher):
 def test_a_teacher_with_another_network_is_refused(tmp_path, teacher, override, message):
     with pytest.raises(UserError, match=rf"teacher\.path={teacher}: these weights belong to another network; {message}"):
         train(reflow(tmp_path, teacher, override, "training.total_kimg=0"))
-    assert not any(tmp_path.rglob("done.json"))
+    assert not (tmp_path / "outputs").exists()
 
 
 def test_the_teachers_dropout_may_differ(tmp_path, teacher):
@@ -272,6 +285,8 @@ def test_the_teachers_dropout_may_differ(tmp_path, teacher):
         (["training.gradient_clip=0"], r"training\.gradient_clip=0: must be a positive number"),
         (["trainer.log_every_kimg=0"], r"trainer\.log_every_kimg=0: must be a positive number"),
         (["training.total_kimg=-1"], r"training\.total_kimg=-1: must be a number of at least 0"),
+        (["training.total_kimg=0.01"], r"training\.total_kimg=0\.01: is no step at all: a batch has 32 samples"),
+        (["lrn.coupling.forward=0.001"], r"lrn\.coupling\.forward=0\.001: .*no forward sample in a batch of 32"),
         (["seed=4294967296"], r"seed=4294967296: must be below 2\^31"),
         (["t_max=1.5"], r"t_max=1\.5: must lie in \(0, 1\]"),
         (["nfe=0"], r"nfe=0: must be a whole number of at least 1"),
@@ -280,7 +295,7 @@ def test_the_teachers_dropout_may_differ(tmp_path, teacher):
 def test_bad_values_are_named(tmp_path, teacher, overrides, message):
     with pytest.raises(UserError, match=message) as error:
         train(reflow(tmp_path, teacher, *overrides))
-    assert "\n" not in str(error.value) and not any((tmp_path / "outputs" / "train").rglob("done.json"))
+    assert "\n" not in str(error.value) and not (tmp_path / "outputs").exists()
 
 
 def test_a_conditional_network_wants_labelled_data(tmp_path):

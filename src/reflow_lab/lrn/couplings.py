@@ -148,13 +148,20 @@ class Mixture:
         self.weights = {kind: weight for kind, weight in given.items() if weight > 0}
         require(bool(self.weights), "coupling", given, f"at least one of {', '.join(KINDS)} must be positive")
 
+    def require_room(self, sizes: Mapping[str, int], batch_size: int, num_heldout: int) -> None:
+        """Raise a `UserError` if a batch would lack a kind, or hold more of one than its source has beside the held-out pairs."""
+        counts, heldout = shares(self.weights, batch_size), shares(self.weights, num_heldout)
+        for kind, weight in self.weights.items():
+            none = f"is too small a weight: it gives no {kind} sample in a batch of {batch_size}"
+            require(kind in counts, f"lrn.coupling.{kind}", weight, none)
+            room = sizes[kind] - heldout.get(kind, 0)
+            allowed = f"takes {counts[kind]} {kind} samples a batch, but only {room} can be had beside the held-out ones"
+            require(counts[kind] <= room, "training.batch_size", batch_size, allowed)
+
     def open(self, sources: Mapping[str, Pairs], batch_size: int, seed: int, num_heldout: int) -> tuple[Coupling, Coupling]:
         """The coupling to train on and one of `num_heldout` pairs kept out of it (the last of every source)."""
+        self.require_room({kind: len(sources[kind]) for kind in self.weights}, batch_size, num_heldout)
         counts, heldout = shares(self.weights, batch_size), shares(self.weights, num_heldout)
-        for kind, count in counts.items():
-            room = len(sources[kind]) - heldout.get(kind, 0)
-            allowed = f"takes {count} {kind} samples a batch, but only {room} can be had beside the held-out ones"
-            require(count <= room, "training.batch_size", batch_size, allowed)
 
         def draws(kind: str, count: int, first: int, size: int) -> Draws:
             return Draws(sources[kind], kind, count, seed, first, size)

@@ -92,11 +92,9 @@ class Report(L.Callback):
         self.bar.advance(pl_module.batch_size)
 
     def _log(self, trainer: L.Trainer, module: FlowModule) -> None:
-        losses, now = module.losses, time.monotonic()
+        now = time.monotonic()
         metrics = {
-            "loss": losses.total.mean().item(),
-            "loss_unweighted": losses.raw.mean().item(),
-            "gradient_norm": module.gradient_norm.item(),
+            **numbers(module),
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             "kimg": module.kimg,
             "images_per_s": (trainer.global_step - self.step) * module.batch_size / max(now - self.clock, 1e-9),
@@ -115,6 +113,15 @@ class Report(L.Callback):
         """Close the bar."""
         if hasattr(self, "bar"):
             self.bar.__exit__()
+
+
+def numbers(module: FlowModule) -> dict[str, float]:
+    """What must stay finite, of the last step."""
+    return {
+        "loss": module.losses.total.mean().item(),
+        "loss_unweighted": module.losses.raw.mean().item(),
+        "gradient_norm": module.gradient_norm.item(),
+    }
 
 
 def require_finite(metrics: dict[str, float], trainer: L.Trainer) -> None:
@@ -148,8 +155,7 @@ class Checkpoints(L.Callback):
         if self.interrupted:
             trainer.should_stop = True
         if self.interrupted or time.monotonic() - self.saved > self.every_s:
-            if not (pl_module.losses.raw.isfinite().all() and pl_module.gradient_norm.isfinite()):
-                return  # the report will end this run; keep the last good state
+            require_finite(numbers(pl_module), trainer)  # before the last good state is overwritten
             trainer.save_checkpoint(self.path)
             self.saved = time.monotonic()
 

@@ -19,7 +19,7 @@ from ..artifacts import Artifact, artifact
 from ..dyn.objective import Objective
 from ..errors import UserError, require
 from ..lrn import pairs
-from ..lrn.couplings import Coupling, IndependentPairs, Pairs, Prefetched
+from ..lrn.couplings import Coupling, IndependentPairs, Mixture, Pairs, Prefetched
 from ..networks import files
 from ..networks.precision import InPrecision
 from .diagnostics import ByTime
@@ -50,16 +50,31 @@ def train(cfg: DictConfig) -> Path:
 def plan(cfg: DictConfig) -> Artifact:
     """The artifact of a run: the configuration that changes it, and the hashes of data, start and pairs."""
     source = parts.data_source(cfg)
-    kinds = instantiate(cfg.lrn.coupling).weights if cfg.training.total_kimg else {}
+    mixture = instantiate(cfg.lrn.coupling)
+    kinds = mixture.weights if cfg.training.total_kimg else {}
     require_labels(cfg, kinds)
     inputs: dict[str, Any] = {
         "data": source.split("train").content_hash,
         "pairs": {kind: pairs.plan(cfg, kind).key for kind in kinds if kind != "independent"},
         "start": None if cfg.training.start == "scratch" else files.weights_hash(start_file(cfg)),
     }
+    if cfg.training.total_kimg:
+        require_steps(cfg, mixture)
+    if cfg.training.start != "scratch":
+        require_same_net(cfg, start_file(cfg), start_key(cfg))
     config = {key: parts.plain(cfg[key]) for key in CONFIG_KEYS}
     del config["training"]["start"]  # a path; its content's hash is among the inputs
     return artifact(cfg.outputs, "train", VERSION, config=config, inputs=inputs)
+
+
+def require_steps(cfg: DictConfig, mixture: Mixture) -> None:
+    """Raise a `UserError` if training would have no step, or no full batch of some kind of pair."""
+    options = cfg.training
+    none = f"is no step at all: a batch has {options.batch_size} samples (0 keeps the starting weights)"
+    require(steps(cfg) > 0, "training.total_kimg", options.total_kimg, none)
+    sizes = {kind: cfg.pairs[f"num_{kind}"] for kind in ("backward", "forward")}
+    sizes["independent"] = len(parts.data_source(cfg).split("train"))
+    mixture.require_room(sizes, options.batch_size, options.num_heldout)
 
 
 def require_labels(cfg: DictConfig, kinds: Iterable[str]) -> None:
@@ -76,13 +91,16 @@ def start_file(cfg: DictConfig) -> Path:
     return parts.teacher(cfg).path if start == "teacher" else files.find(start)
 
 
+def start_key(cfg: DictConfig) -> str:
+    """The key that says where the starting weights lie."""
+    return "teacher.path" if cfg.training.start == "teacher" else "training.start"
+
+
 def start(cfg: DictConfig) -> nn.Module:
     """The network at its starting point."""
     network = parts.network(cfg)
     if cfg.training.start != "scratch":
-        key = "teacher.path" if cfg.training.start == "teacher" else "training.start"
-        require_same_net(cfg, start_file(cfg), key)
-        files.load_into(network, start_file(cfg), key)
+        files.load_into(network, start_file(cfg), start_key(cfg))
     return network
 
 
@@ -247,9 +265,3 @@ def write_weights(cfg: DictConfig, folder: Path, network: nn.Module, ema: EMA) -
     for name in ema.averages:
         ema.copy_to(name, network)
         files.save(network, folder / "weights" / f"{name}.safetensors", {**description, "profile": name})
-
-
-def run_config(folder: Path) -> DictConfig:
-    """The resolved configuration of a finished run."""
-    require((folder / "config.yaml").exists(), "run", folder, "must be a run folder that `train` made")
-    return OmegaConf.load(folder / "config.yaml")  # type: ignore[return-value]
