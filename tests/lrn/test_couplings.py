@@ -134,6 +134,13 @@ def test_an_image_gets_fresh_noise_each_time_and_keeps_its_label():
     assert torch.equal(first.x0, points().take(first.label)[0])
 
 
+def test_held_out_images_have_noise_of_their_own():
+    sources = {"independent": IndependentPairs(points(), SEED)}
+    train, heldout = Mixture(independent=1).open(sources, 6, SEED, 6)
+    assert not torch.isin(heldout.batch(0).x1, torch.cat([train.batch(step).x1 for step in range(4)])).any()
+    assert torch.equal(heldout.batch(0).x1, heldout.batch(0).x1)
+
+
 def test_independent_noise_is_standard_and_independent_of_the_image():
     pairs = IndependentPairs(points(), SEED)
     x0, x1, _ = pairs.read(np.arange(20_000) % 30, 0)

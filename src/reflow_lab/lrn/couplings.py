@@ -17,6 +17,7 @@ from ..data.sets import SampleSet
 from ..errors import require
 from ..noise import Indices, batch_indices, normal
 
+HELD_OUT = 2**48  #: where the noise of held-out images begins: training never comes so far
 KINDS = ("independent", "backward", "forward")  #: what a mixture may hold
 
 
@@ -76,7 +77,10 @@ class IndependentPairs:
 
 @dataclass(frozen=True)
 class Draws:
-    """A coupling that visits rows [first, first + size) of its pairs in fresh random orders, `batch_size` a step."""
+    """A coupling that visits rows [first, first + size) of its pairs in fresh random orders, `batch_size` a step.
+
+    `position` is the global number of its first sample, by which fresh noise is keyed.
+    """
 
     pairs: Pairs
     name: str
@@ -84,11 +88,12 @@ class Draws:
     seed: int
     first: int
     size: int
+    position: int = 0
 
     def batch(self, step: int) -> Batch:
         """See `Coupling`."""
         rows = batch_indices(self.seed, f"coupling/{self.name}", step, self.batch_size, self.size)
-        return self.pairs.read(self.first + rows, step * self.batch_size)
+        return self.pairs.read(self.first + rows, self.position + step * self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -163,9 +168,9 @@ class Mixture:
         self.require_room({kind: len(sources[kind]) for kind in self.weights}, batch_size, num_heldout)
         counts, heldout = shares(self.weights, batch_size), shares(self.weights, num_heldout)
 
-        def draws(kind: str, count: int, first: int, size: int) -> Draws:
-            return Draws(sources[kind], kind, count, seed, first, size)
+        def draws(kind: str, count: int, first: int, size: int, position: int = 0) -> Draws:
+            return Draws(sources[kind], kind, count, seed, first, size, position)
 
         train = [draws(k, c, 0, len(sources[k]) - heldout.get(k, 0)) for k, c in counts.items()]
-        held = [draws(k, c, len(sources[k]) - c, c) for k, c in heldout.items()]
+        held = [draws(k, c, len(sources[k]) - c, c, HELD_OUT) for k, c in heldout.items()]
         return Mixed(tuple(train)), Mixed(tuple(held))

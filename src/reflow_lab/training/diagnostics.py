@@ -1,14 +1,15 @@
 """What a researcher watches while a flow trains: losses and gradients by time, on pairs kept out of training."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 from torch import Tensor
 
-from ..dyn.weights import LearnedNormalisation
+from ..dyn.weights import LOSS_FLOOR, LearnedNormalisation
 from ..flow import interpolate
-from ..lrn.couplings import Coupling
+from ..lrn.couplings import Batch, Coupling
 from .module import FlowModule
 
 
@@ -17,14 +18,17 @@ def summary(name: str, values: Tensor) -> dict[str, float]:
     return {f"{name}_{how}": getattr(values, how)().item() for how in ("min", "mean", "max")}
 
 
-def at_time(module: FlowModule, heldout: Coupling, t: float) -> dict[str, float]:
-    """Statistics of the held-out pairs at one time t.
+class AtTime(NamedTuple):
+    """Held-out pairs at one time: unweighted losses (n,), gradient norms (n,), and what else is known by name."""
 
-    `loss_mean` is the unweighted loss; `relative_loss`, a sample's loss over that mean, spreads over orders of magnitude in
-    ReFlow, which is the motive of loss normalisation (Simple ReFlow, improvement 1). `gradient` is the norm of the weighted
-    loss's gradient in the velocity, per sample. `calibration`, for a learned weight, is the mean of log l - u: 0 when it fits.
-    """
-    x0, x1, label = heldout.batch(0).to(module.device)
+    raw: Tensor
+    gradient: Tensor
+    more: dict[str, float]
+
+
+def at_time(module: FlowModule, batch: Batch, t: float) -> AtTime:
+    """The pairs at one time t; the gradient is that of the weighted loss in the velocity, per sample."""
+    x0, x1, label = batch
     times = torch.full((len(x0),), t, device=module.device)
     answers: list[Tensor] = []
 
@@ -38,20 +42,38 @@ def at_time(module: FlowModule, heldout: Coupling, t: float) -> dict[str, float]
     with torch.enable_grad():
         losses = module.objective.at(recorded, x0, x1, times, label)
         (gradient,) = torch.autograd.grad(losses.total.sum(), answers[-1])
-    mean, norms = losses.raw.mean(), gradient.flatten(1).norm(dim=1)
-    found = {"loss_mean": mean.item()} | summary("relative_loss", losses.raw / mean) | summary("gradient", norms)
-    if isinstance(weight := module.objective.weight, LearnedNormalisation):
-        with torch.no_grad():
-            expected = weight.log_loss(interpolate(x0, x1, times), times)
-        found["calibration"] = (losses.raw.log() - expected).mean().item()
-    return found
+    raw, norms = losses.raw.detach(), gradient.flatten(1).norm(dim=1)
+    if not isinstance(weight := module.objective.weight, LearnedNormalisation):
+        return AtTime(raw, norms, {})
+    with torch.no_grad():
+        expected = weight.log_loss(interpolate(x0, x1, times), times)
+    return AtTime(raw, norms, {"calibration": (raw.clamp(min=LOSS_FLOOR).log() - expected).mean().item()})
+
+
+def by_time(module: FlowModule, heldout: Coupling, times: Sequence[float]) -> dict[str, float]:
+    """What `ByTime` logs: statistics of the held-out pairs at each of the times, and `heldout_loss`, the mean over all of them.
+
+    `loss_mean` is the unweighted loss. `relative_loss`, a sample's loss over `heldout_loss`, shows how losses spread over time
+    and samples: in ReFlow over orders of magnitude, the motive of loss normalisation (Simple ReFlow, arXiv 2410.07815,
+    improvement 1). `calibration`, for a learned weight, is the mean of log l - u: 0 when it fits.
+    """
+    batch = heldout.batch(0).to(module.device)
+    found = {t: at_time(module, batch, t) for t in times}
+    mean = sum(raw.mean().item() for raw, _, _ in found.values()) / len(found)
+    logged = {"heldout_loss": mean}
+    for t, (raw, gradient, more) in found.items():
+        spread = summary("relative_loss", raw / max(mean, LOSS_FLOOR)) | summary("gradient", gradient)
+        values = {"loss_mean": raw.mean().item()} | spread | more
+        logged |= {f"by_time/t{t:.3f}/{name}": value for name, value in values.items()}
+    return logged
 
 
 class ByTime(L.Callback):
-    """Log `at_time` for the centre of each of `num_bins` bins of t, and the mean as `heldout_loss`, every `every_kimg`."""
+    """Log `by_time` at the centre of each of `num_bins` bins of t, every `every_kimg`."""
 
     def __init__(self, heldout: Coupling, every_kimg: float, num_bins: int = 8) -> None:
-        self.heldout, self.every_kimg, self.num_bins = heldout, every_kimg, num_bins
+        self.heldout, self.every_kimg = heldout, every_kimg
+        self.times = [(i + 0.5) / num_bins for i in range(num_bins)]
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Measure when the step crosses a multiple of the interval, and after the last step."""
@@ -59,9 +81,7 @@ class ByTime(L.Callback):
         if not pl_module.crossed(self.every_kimg) and trainer.global_step < trainer.max_steps:
             return
         pl_module.velocity.eval()
-        bins = {t: at_time(pl_module, self.heldout, t) for t in [(i + 0.5) / self.num_bins for i in range(self.num_bins)]}
+        logged = by_time(pl_module, self.heldout, self.times)
         pl_module.velocity.train()
-        logged = {f"by_time/t{t:.3f}/{name}": value for t, found in bins.items() for name, value in found.items()}
-        logged["heldout_loss"] = sum(found["loss_mean"] for found in bins.values()) / self.num_bins
         for logger in trainer.loggers:
             logger.log_metrics(logged, trainer.global_step)
