@@ -1,9 +1,11 @@
 import multiprocessing
+import os
 import time
 
 import pytest
 
-from reflow_lab.artifacts import artifact, digest, read_json, write_atomically, write_json
+import reflow_lab
+from reflow_lab.artifacts import artifact, digest, read_json, warn_of_version, write_atomically, write_json
 from reflow_lab.errors import UserError
 
 
@@ -56,7 +58,10 @@ def test_a_missing_or_shortened_file_is_named(tmp_path):
         found.is_done()
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"key": 1}', '{"files": {"a": 1}}'])
+ODD = ['{"files": {"a": 1}}', '{"files": {"a": [1, "x", 2]}}', '{"files": {"a": "xy"}}', '{"files": {"a": [1, null]}}']
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"key": 1}', *ODD])
 def test_a_damaged_done_mark_is_named(tmp_path, text):
     found = made(tmp_path)
     (found.folder / "done.json").write_text(text)
@@ -82,6 +87,32 @@ def test_write_atomically_keeps_the_old_file_if_the_writer_fails(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         write_atomically(path, fail)
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_files_have_the_mode_of_a_new_file(tmp_path, umask):
+    def strict(temporary):
+        temporary.unlink()
+        temporary.touch(0o600)
+
+    before = os.umask(umask)
+    try:
+        write_atomically(tmp_path / "a", strict)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_a_folder_of_another_version_is_used_with_a_warning(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(reflow_lab, "__version__", "0.0.1")
+        found = made(tmp_path)
+        assert found.is_done()
+    assert capsys.readouterr().err == ""
+    warn_of_version.cache_clear()
+    assert found.is_done() and found.is_done()
+    line = f"{found.folder}: made by reflow_lab 0.0.1, used by {reflow_lab.__version__}; delete it to make it again\n"
+    assert capsys.readouterr().err == line
 
 
 def hold(tmp_path, held, release):

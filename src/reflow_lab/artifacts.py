@@ -7,9 +7,11 @@ written last, holds the checksum of every file in it.
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,10 +36,13 @@ def file_hash(path: Path) -> str:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside the target, sync, rename: the file is there whole or not at all."""
+    """Write beside the target, sync, rename: the file is there whole or not at all. Its mode is a new file's, whoever writes."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        temporary.chmod(mode)  # safetensors makes files of its own, which only their owner may read
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -63,9 +68,22 @@ def read_json(path: Path) -> Any:
 
 def _checksums(mark: Path) -> list[tuple[str, int, str]]:
     try:
-        return [(name, size, checksum) for name, (size, checksum) in read_json(mark)["files"].items()]
-    except (KeyError, TypeError, AttributeError):
+        found = [(name, size, checksum) for name, (size, checksum) in read_json(mark)["files"].items()]
+        if not all(isinstance(size, int) and isinstance(checksum, str) for _, size, checksum in found):
+            raise TypeError
+        return found
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"{mark}: not a done-mark; delete {mark.parent} to make it again") from None
+
+
+@functools.cache
+def warn_of_version(folder: Path) -> None:
+    """Say once on stderr if another version of reflow_lab made a finished folder: it is used all the same."""
+    path = folder / "version.json"
+    made_by = read_json(path)["reflow_lab"] if path.exists() else reflow_lab.__version__
+    if made_by != reflow_lab.__version__:
+        what = f"made by reflow_lab {made_by}, used by {reflow_lab.__version__}"
+        print(f"{folder}: {what}; delete it to make it again", file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -90,6 +108,7 @@ class Artifact:
             fits = path.exists() and path.stat().st_size == size
             if not fits or (size < HASHED_BELOW and file_hash(path) != checksum):
                 raise UserError(f"{path}: is missing or was changed after it was written; delete {self.folder} to make it again")
+        warn_of_version(self.folder)
         return True
 
     @contextlib.contextmanager

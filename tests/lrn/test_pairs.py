@@ -88,6 +88,15 @@ def test_a_killed_generation_resumes_to_the_same_bytes(cfg, monkeypatch, kind, t
     assert (resumed / "shard-00000.npy").stat().st_mtime_ns == before
 
 
+def test_a_damaged_shard_of_an_unfinished_store_is_made_again(cfg):
+    folder = pairs.ensure(cfg(), "backward").folder
+    whole = files_of(folder)
+    (folder / "done.json").unlink()
+    (folder / "shard-00001.npy").write_bytes(whole["shard-00001.npy"][:100])
+    pairs.ensure(cfg(), "backward")
+    assert files_of(folder) == whole
+
+
 def test_a_whole_store_is_not_made_again(cfg, monkeypatch):
     first = pairs.ensure(cfg(), "backward").folder
     monkeypatch.setattr(pairs, "generate", None)

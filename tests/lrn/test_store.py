@@ -8,6 +8,7 @@ from reflow_lab.data.sets import ImageSet
 from reflow_lab.errors import UserError
 from reflow_lab.lrn.store import (
     PairStore,
+    is_whole,
     noise_check,
     pair_labels,
     pair_noise,
@@ -124,6 +125,15 @@ def test_a_shard_of_another_length_is_named(tmp_path):
     write_shard(tmp_path / shard_name(2), torch.zeros(1, *SHAPE), "float32")
     with pytest.raises(UserError, match=r"shard-00002\.npy=1 pairs: the manifest says 2"):
         PairStore(tmp_path).read(np.array([0]))
+
+
+def test_a_shard_is_whole_if_it_holds_what_it_should(tmp_path):
+    make(tmp_path)
+    path = tmp_path / shard_name(0)
+    assert is_whole(path, 4, SHAPE, "float32") and not is_whole(tmp_path / "none.npy", 4, SHAPE, "float32")
+    assert not any(is_whole(path, *other) for other in ((3, SHAPE, "float32"), (4, (1, 2, 8), "float32"), (4, SHAPE, "float16")))
+    path.write_bytes(path.read_bytes()[:-8])
+    assert not is_whole(path, 4, SHAPE, "float32")
 
 
 def test_a_missing_manifest_is_named(tmp_path):

@@ -20,7 +20,7 @@ from ..inf.sampler import invert, sample
 from ..networks.precision import require_precision
 from ..noise import Indices
 from ..progress import track
-from .store import DTYPES, PairStore, pair_labels, pair_noise, shard_name, write_manifest, write_shard
+from .store import DTYPES, PairStore, is_whole, pair_labels, pair_noise, shard_name, write_manifest, write_shard
 
 VERSION = 1  #: of the recipe: increment when the same configuration means another result
 
@@ -100,7 +100,8 @@ def generate(cfg: DictConfig, made: Artifact, images: SampleSet) -> None:
     recipe, velocity = made.recipe, parts.teacher(cfg).velocity(cfg)
     starts = range(0, recipe["count"], recipe["shard_size"])
     counts = [min(recipe["shard_size"], recipe["count"] - start) for start in starts]
-    missing = [i for i in range(len(starts)) if not (made.folder / shard_name(i)).exists()]
+    like = (*recipe["shape"],), recipe["dtype"]
+    missing = [i for i, count in enumerate(counts) if not is_whole(made.folder / shard_name(i), count, *like)]
     done = sum(counts) - sum(counts[i] for i in missing)
 
     def work() -> Iterator[int]:

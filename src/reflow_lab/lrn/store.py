@@ -67,6 +67,15 @@ def open_shard(path: Path, count: int) -> NDArray[Any]:
     return np.asarray(shard)  # still mapped, but indexed without np.memmap's overhead
 
 
+def is_whole(path: Path, count: int, shape: tuple[int, ...], dtype: str) -> bool:
+    """Whether a shard can be opened and holds `count` samples of this shape and type."""
+    try:
+        shard = open_shard(path, count)
+    except UserError:
+        return False
+    return shard.shape == (count, *shape) and shard.dtype == DTYPES[dtype]
+
+
 def write_manifest(folder: Path, provenance: dict[str, Any], counts: list[int]) -> None:
     """Write `manifest.json`: provenance, and for every shard its file, count and SHA-256."""
     names = [shard_name(i) for i in range(len(counts))]
