@@ -37,9 +37,9 @@ MEMBERS = {
 CHOICES = [(group, name) for group, members in MEMBERS.items() for name in members]
 
 
-def objective(preset: str, *overrides: str) -> Objective:
+def objective(preset: str, *overrides: str, data: str = "{channels: 3}") -> Objective:
     with initialize_config_dir(str(CONF), version_base=None):
-        config = compose(f"dyn/{preset}", ["+data={channels: 3}", *overrides])
+        config = compose(f"dyn/{preset}", [f"+data={data}", "+t_max=1", *overrides])
     return Objective(**instantiate(config.dyn))
 
 
@@ -72,6 +72,8 @@ def test_weights_have_their_papers_values() -> None:
     assert objective("baseline", "dyn/weight=edm").weight.sigma_data == 0.5
     learned = objective("baseline", "dyn/weight=learned_normalisation").weight
     assert (learned.eps, learned.lr, learned.blocks[0].conv.in_channels) == (1e-4, 1e-3, 3)
+    points = objective("baseline", "dyn/weight=learned_normalisation", data="{dim: 2}").weight
+    assert points.blocks[0].conv.in_channels == 2
 
 
 def test_a_value_of_a_member_can_be_overridden() -> None:

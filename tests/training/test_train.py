@@ -361,8 +361,7 @@ def test_weights_and_biases_leaves_the_run_folder_whole(tmp_path):
 
 
 def test_loss_normalisation_that_is_learned_trains_end_to_end(tmp_path):
-    overrides = ("dyn/weight=learned_normalisation", "dyn.weight.channels=2")
-    folder = train(config("train", tmp_path, *BASE[: -len(QUICK)], *QUICK[1:], *overrides))
+    folder = train(config("train", tmp_path, *BASE[: -len(QUICK)], *QUICK[1:], "dyn/weight=learned_normalisation"))
     _, metrics = outcome(folder)
     calibration = [line["by_time/t0.562/calibration"] for line in metrics if "heldout_loss" in line]
     assert len(calibration) == 2 and abs(calibration[1]) < abs(calibration[0])

@@ -4,7 +4,6 @@ import lightning as L
 from torch import nn
 
 from ..errors import require
-from ..training.module import FlowModule
 
 
 def scale_dropout(network: nn.Module, fraction: float) -> None:
@@ -15,7 +14,10 @@ def scale_dropout(network: nn.Module, fraction: float) -> None:
 
 
 class Dropout(L.Callback):
-    """Train with `fraction`, in [0, 1], of the teacher's dropout (Simple ReFlow, LRN): 1 is the baseline, 0 turns it off."""
+    """Train with `fraction`, in [0, 1], of the network's dropout rate, which an experiment sets to its teacher's.
+
+    Simple ReFlow (arXiv 2410.07815), improvement 4: 1 is the baseline, 0 turns dropout off.
+    """
 
     def __init__(self, fraction: float = 1.0) -> None:
         require(0 <= fraction <= 1, "lrn.dropout.fraction", fraction, "must lie in [0, 1]")
@@ -23,5 +25,6 @@ class Dropout(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Scale the rates once, before training starts."""
-        assert isinstance(pl_module, FlowModule)
-        scale_dropout(pl_module.velocity, self.fraction)
+        velocity = pl_module.velocity
+        assert isinstance(velocity, nn.Module)
+        scale_dropout(velocity, self.fraction)
