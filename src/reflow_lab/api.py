@@ -20,6 +20,7 @@ from .inf.sampler import sample as integrate
 from .inf.solvers import DPM, Solver
 from .lrn.store import pair_labels, pair_noise
 from .networks import files
+from .noise import chunks
 
 
 class Flow(nn.Module):
@@ -73,7 +74,7 @@ def sample(
     uniform = pair_labels(seed, np.arange(num_images), velocity.num_classes)
     given = uniform if label is None else fitting(label, velocity.num_classes, num_images)
     made = []
-    for chunk in np.split(np.arange(num_images), range(batch_size, num_images, batch_size)):
+    for chunk in chunks(np.arange(num_images), batch_size):
         x1 = pair_noise(seed, chunk, velocity.shape).to(device)
         y = None if given is None else given[torch.from_numpy(chunk)].to(device)
         made.append(integrate(velocity, x1, solver=solver or DPM(), grid=grid or Sigmoid(), nfe=nfe, t_max=start, label=y).cpu())

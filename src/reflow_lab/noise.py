@@ -52,6 +52,11 @@ def normal(seed: int, stream: str, indices: Indices, shape: tuple[int, ...]) -> 
     return both.reshape(len(indices), 2 * pairs)[:, :size].reshape(len(indices), *shape)
 
 
+def chunks(indices: Indices, size: int) -> list[Indices]:
+    """The indices cut into pieces of `size`, the last one shorter."""
+    return np.split(indices, range(size, len(indices), size))
+
+
 @functools.lru_cache(maxsize=8)
 def permutation(seed: int, stream: str, size: int) -> Indices:
     """A random order of range(size), by sorting 64 random bits an entry."""

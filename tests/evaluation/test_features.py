@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from reflow_lab.errors import UserError
 from reflow_lab.evaluation import features
-from reflow_lab.evaluation.features import ConvNorm, Lite0, Lite0Features, load_lite0, our_name, to_uint8, weight_path
+from reflow_lab.evaluation.features import ConvNorm, Lite0, Lite0Features, as_saved, load_lite0, our_name, weight_path
 
 
 @pytest.fixture(scope="module")
@@ -77,16 +77,16 @@ def test_a_picture_is_recognised(network: Lite0) -> None:
 def test_preprocessing_rounds_repeats_grey_and_scales() -> None:
     grey = textures(2, channels=1, size=32)
     extract = Lite0Features(resolution=32)
-    expected = ((to_uint8(grey).float() - 127) / 128).expand(-1, 3, -1, -1)
+    expected = ((as_saved(grey).float() - 127) / 128).expand(-1, 3, -1, -1)
     torch.testing.assert_close(extract.preprocess(grey), expected)
-    torch.testing.assert_close(extract(to_uint8(grey)), extract(grey))
+    torch.testing.assert_close(extract(as_saved(grey)), extract(grey))
 
 
-def test_to_uint8_rounds_and_clips() -> None:
+def test_images_are_rounded_and_clipped() -> None:
     values = torch.tensor([-1.0, 1.0, 0.0, 2.0, -3.0, 1 / 127.5, -0.999])
-    assert to_uint8(values).tolist() == [0, 255, 128, 255, 0, 128, 0]
+    assert as_saved(values).tolist() == [0, 255, 128, 255, 0, 128, 0]
     every = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(to_uint8(every.float() / 127.5 - 1), every)
+    assert torch.equal(as_saved(every.float() / 127.5 - 1), every)
 
 
 def test_bf16_is_close_but_another_protocol() -> None:

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from reflow_lab.evaluation.frechet import Moments, Reference, frechet_distance
+from reflow_lab.evaluation.frechet import Moments, Reference
 from reflow_lab.evaluation.intervals import (
     bootstrap,
     difference,
@@ -68,7 +68,7 @@ def test_linear_bootstrap_of_a_frechet_distance_is_the_plain_one(paired: bool) -
     student = 0.3 + teacher @ (0.4 * normal(4, 4, seed=1) + torch.eye(4)) + 0.2 * normal(num, 4, seed=2)
     found = Reference.of(teacher).linearise(student, own=teacher if paired else None)
     fast = linear_bootstrap(*found, 100, seed=3)
-    slow = bootstrap(lambda i: frechet_distance(teacher[i] if paired else teacher, student[i]), num, 100, seed=3)
+    slow = bootstrap(lambda i: Reference.of(teacher[i] if paired else teacher).distance(student[i]), num, 100, seed=3)
     assert float(torch.corrcoef(torch.stack((fast, slow)))[0, 1]) > 0.99
     assert float(fast.std()) == pytest.approx(float(slow.std()), rel=0.05)
     assert float(fast.mean()) == pytest.approx(found.distance, abs=0.3 * float(fast.std()))

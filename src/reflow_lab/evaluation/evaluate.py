@@ -21,7 +21,7 @@ from ..inf.solvers import Euler, TwoCall
 from ..lrn import pairs
 from ..lrn.store import pair_labels, pair_noise
 from ..networks import files
-from ..noise import Indices
+from ..noise import Indices, chunks
 from ..parts import Teacher
 from ..progress import Bar
 from .features import Lite0Features
@@ -206,7 +206,7 @@ def draw(cfg: DictConfig, run: Teacher) -> Samples:
     how = {"solver": instantiate(cfg.inf.solver), "grid": instantiate(cfg.inf.grid), "nfe": cfg.nfe, "t_max": cfg.t_max}
     made, ms = [], []
     with Bar(f"{cfg.name or run.hash} nfe {cfg.nfe}", number, "images") as bar:
-        for chunk in np.split(np.arange(number), range(cfg.evaluation.batch_size, number, cfg.evaluation.batch_size)):
+        for chunk in chunks(np.arange(number), cfg.evaluation.batch_size):
             x1, label = held_out_noise(cfg, run, chunk)
             begin = time.perf_counter()
             made.append(sample(velocity, x1, label=label, **how).cpu())

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..data.sets import to_uint8
 from ..errors import UserError, require
 
 NUM_FEATURES = 1280
@@ -30,12 +31,12 @@ STAGES = (
 )
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """Images in [-1, 1] as they would be saved: rounded to 0..255 and clipped; uint8 passes through."""
+def as_saved(images: Tensor) -> Tensor:
+    """Images in [-1, 1] as bytes; uint8 passes through. Raises a `UserError` for NaN, which has no byte."""
     if images.dtype == torch.uint8:
         return images
     require(bool(images.isfinite().all()), "images", "nan or inf", "every pixel must be finite")
-    return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+    return to_uint8(images)
 
 
 class ConvNorm(nn.Module):
@@ -200,7 +201,7 @@ class Lite0Features:
 
     def preprocess(self, images: Tensor) -> Tensor:
         """The network's input, float32 (n, 3, resolution, resolution)."""
-        pixels = to_uint8(images).float().expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+        pixels = as_saved(images).float().expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
         size = (self.resolution, self.resolution)
         resized = F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=False)
         return (resized - 127) / 128

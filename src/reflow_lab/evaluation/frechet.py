@@ -100,11 +100,6 @@ class Reference:
         return max(float((self.mean - moments.mean).square().sum() + traces), 0.0)
 
 
-def frechet_distance(features_a: Tensor | Moments, features_b: Tensor | Moments) -> float:
-    """The Fréchet distance of two sets of features or moments; with one side fixed, `Reference` is quicker."""
-    return Reference.of(features_a).distance(features_b)
-
-
 def _positive_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues above rounding error and their vectors: with fewer samples than dimensions the rest mean nothing."""
     values, vectors = torch.linalg.eigh(matrix)

@@ -18,7 +18,7 @@ from ..errors import bad_value, require
 from ..flow import MeanVelocity
 from ..inf.sampler import invert, sample
 from ..networks.precision import require_precision
-from ..noise import Indices
+from ..noise import Indices, chunks
 from ..progress import track
 from .store import DTYPES, PairStore, is_whole, pair_labels, pair_noise, shard_name, write_manifest, write_shard
 
@@ -106,11 +106,11 @@ def generate(cfg: DictConfig, made: Artifact, images: SampleSet) -> None:
 
     def work() -> Iterator[int]:
         for i in missing:
-            chunks = []
+            drawn: list[Tensor] = []
             for chunk in solve(velocity, recipe, images, np.arange(starts[i], starts[i] + counts[i]), parts.device(cfg)):
-                chunks.append(chunk)
+                drawn.append(chunk)
                 yield len(chunk)
-            write_shard(made.folder / shard_name(i), torch.cat(chunks), recipe["dtype"])
+            write_shard(made.folder / shard_name(i), torch.cat(drawn), recipe["dtype"])
 
     for _ in track(work(), f"{recipe['kind']} pairs", sum(counts), "pairs", done):
         pass
@@ -127,7 +127,7 @@ def solve(
         "nfe": recipe["nfe"],
         "t_max": recipe["t_max"],
     }
-    for chunk in np.split(indices, range(recipe["batch_size"], len(indices), recipe["batch_size"])):
+    for chunk in chunks(indices, recipe["batch_size"]):
         if recipe["kind"] == "backward":
             x1 = pair_noise(recipe["seed"], chunk, tuple(recipe["shape"])).to(device)
             label = pair_labels(recipe["seed"], chunk, recipe["num_classes"])
