@@ -1,4 +1,4 @@
-PYTHON ?= python
+PYTHON ?= $(shell command -v python || command -v python3)
 LAB ?= $(PYTHON) -m reflow_lab.cli
 
 .DEFAULT_GOAL := help

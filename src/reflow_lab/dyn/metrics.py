@@ -107,7 +107,8 @@ class HighPass:
 
     def gains(self, height: int, width: int) -> Tensor:
         """The gain of phi at each frequency: float64 (height, width), in the order of the FFT."""
-        return torch.where(low_frequencies(height, width, self.cutoff), 1 / (1 + self.lam_hpf), 1.0).double()
+        low, one = 1 / (1 + self.lam_hpf), torch.ones((), dtype=torch.float64)
+        return torch.where(low_frequencies(height, width, self.cutoff), low * one, one)
 
     def phi(self, x: Tensor) -> Tensor:
         """The linear map itself, (n, c, h, w) to the same: the loss is the mean of phi(x0 - D)^2."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import require
 from ..flow import append_dims, sigma_from_t
 
-LOSS_FLOOR = 1e-12  # a loss of exactly 0 has no logarithm
+LOSS_FLOOR = 1e-12  #: a loss of exactly 0 has no logarithm
 
 
 class PowerOfTime(nn.Module):

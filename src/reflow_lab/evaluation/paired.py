@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 BANDS = ("low", "mid", "high")
-# Cycles a pixel. 0.05 * sqrt(2) is the high-pass filter's radius (simple_reflow, improvement 3: 2.26 bins at 32 px).
+# Cycles a pixel. 0.05 * sqrt(2) is the high-pass filter's radius, 2.26 bins at 32 pixels (Simple ReFlow, arXiv 2410.07815,
+# improvement 3).
 BAND_EDGES = (0.05 * 2**0.5, 0.25)
 
 

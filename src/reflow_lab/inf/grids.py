@@ -114,10 +114,11 @@ class Listed:
 
 
 def ascending(grid: Grid, num_steps: int, t_max: float, t_min: float = T_MIN) -> Tensor:
-    """Times for forward pairs: num_steps steps from t_min up to t_max over the grid's own points, float64 (num_steps + 1,).
+    """Times for forward pairs: num_steps steps from t_min up to t_max, float64 (num_steps + 1,).
 
-    The points at or below t_min give way to t_min itself (at sigma = 0 the first step would be degenerate), on the coarsest
-    grid that has num_steps points above it. So upward and downward stop at the same times: EDM's levels simply reverse.
+    They are the times of the coarsest downward grid with num_steps points above t_min, in reverse, and t_min in place of all
+    that lies at or below it (at sigma = 0 the first step would be degenerate). EDM's grid ends at t_min by default: there
+    the times are its own levels.
     """
     require(t_min < t_max, "t_max", t_max, f"a number above {t_min:.6g}, where forward pairs start")
     for size in range(num_steps, 100 * num_steps + 1):

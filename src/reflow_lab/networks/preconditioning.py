@@ -8,9 +8,9 @@ from ..flow import append_dims
 class Preconditioned(nn.Module):
     """v(x, t) = x (t - (1-t) sd^2) / S(t)^2 - (sd / S(t)) F(x / S(t), t), with S(t)^2 = t^2 + (1-t)^2 sd^2.
 
-    This is EDM's D = c_skip y + c_out F(c_in y) at y = x / (1-t), sigma = t / (1-t), solved for v = (x - D) / t
-    [derived; tested against EDM's form]: the first term is the velocity of data N(0, sd^2), and nothing is 0/0 at either end.
-    A `MeanVelocity` at s = t only: these networks take no second time.
+    This is EDM's D = c_skip y + c_out F(c_in y) (arXiv 2206.00364, equation 7) at y = x / (1-t), sigma = t / (1-t), solved
+    for v = (x - D) / t; derived, tested in tests/networks/test_preconditioning.py. The first term is the velocity of data
+    N(0, sd^2), and nothing is 0/0 at either end. A `MeanVelocity` at s = t only: these networks take no second time.
     """
 
     def __init__(self, network: nn.Module, sigma_data: float = 0.5) -> None:
