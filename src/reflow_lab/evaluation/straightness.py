@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..flow import T_MAX, MeanVelocity
 from ..inf.grids import Grid
-from ..inf.sampler import batches, sample
+from ..inf.sampler import sample
 from ..inf.solvers import Solver
 
 
@@ -56,9 +56,9 @@ def sample_straightness(
     One step is always straight. To compare flows, not samplers, take Euler on the uniform grid with many steps.
     """
     x0, values = [], []
-    for _, x, y in batches(x1, label, batch_size):
-        trace = Trace()
-        end = sample(velocity, x, solver=solver, grid=grid, nfe=nfe, t_max=t_max, label=y, callback=trace)
+    for chunk in torch.split(torch.arange(len(x1), device=x1.device), batch_size or len(x1)):
+        trace, y = Trace(), None if label is None else label[chunk]
+        end = sample(velocity, x1[chunk], solver=solver, grid=grid, nfe=nfe, t_max=t_max, label=y, callback=trace)
         x0.append(end)
         values.append(straightness([*trace.states, end], [*trace.times, 0.0]))
     return torch.cat(x0), torch.cat(values)

@@ -1,7 +1,5 @@
 """From noise to images and back: a velocity, a grid and a solver put together (INF)."""
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -44,17 +42,6 @@ def inversion_times(solver: Solver, grid: Grid, nfe: int, t_max: float = T_MAX) 
     return ascending(grid, solver.num_steps(nfe, T_MIN, t_max), t_max)
 
 
-def batches(
-    x: Tensor, label: Tensor | None = None, batch_size: int | None = None
-) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """The samples in batches of at most batch_size (None: all at once): where they lie in x, they, their labels."""
-    require(batch_size is None or batch_size >= 1, "batch_size", batch_size, "an integer of at least 1")
-    size = batch_size or max(len(x), 1)
-    for start in range(0, len(x), size):
-        part = slice(start, start + size)
-        yield part, x[part], None if label is None else label[part]
-
-
 def sample(
     velocity: MeanVelocity,
     x1: Tensor,
@@ -64,7 +51,6 @@ def sample(
     nfe: int,
     t_max: float = T_MAX,
     label: Tensor | None = None,
-    batch_size: int | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
     """Images x0 from noise x1 ~ N(0, I), (n, ...), by nfe calls of the velocity (a backward pair is (x0, x1)).
@@ -75,8 +61,7 @@ def sample(
     times = sampling_times(solver, grid, nfe, t_max)
     x0 = torch.empty_like(x1)  # made outside inference mode, so that it can take part in training later
     with torch.inference_mode():
-        for part, x, y in batches(x1, label, batch_size):
-            x0[part] = solver(velocity, t_max * x, times, label=y, nfe=nfe, callback=callback)
+        x0.copy_(solver(velocity, t_max * x1, times, label=label, nfe=nfe, callback=callback))
     return x0
 
 
@@ -89,7 +74,6 @@ def invert(
     nfe: int,
     t_max: float = T_MAX,
     label: Tensor | None = None,
-    batch_size: int | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
     """Noise x1 from images x0, (n, ...), by nfe calls of the velocity: a forward pair is (x0, x1), its data exact.
@@ -100,8 +84,7 @@ def invert(
     times = inversion_times(solver, grid, nfe, t_max)
     x1 = torch.empty_like(x0)
     with torch.inference_mode():
-        for part, x, y in batches(x0, label, batch_size):
-            x1[part] = solver(velocity, (1 - T_MIN) * x, times, label=y, nfe=nfe, callback=callback) / t_max
+        x1.copy_(solver(velocity, (1 - T_MIN) * x0, times, label=label, nfe=nfe, callback=callback) / t_max)
     return x1
 
 
