@@ -36,6 +36,9 @@ class Exact(parts.Teacher):
 EXACT = Exact(Path("exact"), "exact", {"num_classes": 0, "t_max": 80 / 81}, Gaussian(0.0, 0.5))
 
 
+T_MAX = f"t_max={80 / 81}"  # what `evaluate` takes from the run; the functions below it want a number
+
+
 def gaussian_config(outputs: Path, *more: str):  # type: ignore[no-untyped-def]
     given = [
         "experiment=toy",
@@ -44,6 +47,7 @@ def gaussian_config(outputs: Path, *more: str):  # type: ignore[no-untyped-def]
         "teacher=none",
         "trainer=cpu",
         "evaluation.num_images=4000",
+        T_MAX,
     ]
     return composed("evaluate", *given, f"outputs={outputs}", "evaluation.num_resamples=100", *more)
 
@@ -123,7 +127,7 @@ def test_the_protocol_says_how(toy: Lab, measure) -> None:  # type: ignore[no-un
 def test_the_printed_line(measure, capsys) -> None:  # type: ignore[no-untyped-def]
     metrics = measure("nfe=2")
     line = capsys.readouterr().out.splitlines()[-1]
-    assert line.startswith("nfe 2: ") and line.count("nfe") == 1
+    assert line.startswith("N 1000, nfe 2: ") and line.count("nfe") == 1
     assert f"fd_points {metrics['fd_points']:.4g} ± " in line and f"floor {metrics['floor']:.4g}," in line
 
 
@@ -147,7 +151,7 @@ def test_cells_that_coincide_share_an_artifact_and_no_others(toy: Lab) -> None:
     run = parts.described(files.find(toy.teacher), parts.data_source(toy.config("evaluate")), "run")
     groups: dict[str, set[str]] = {}
     for solver, grid in product(("euler", "heun", "dpm", "rfpp"), ("uniform", "sigmoid", "edm")):
-        cfg = toy.config("evaluate", f"inf/solver={solver}", f"inf/grid={grid}")
+        cfg = toy.config("evaluate", T_MAX, f"inf/solver={solver}", f"inf/grid={grid}")
         for cfg.nfe in (1, 2, 3):
             groups.setdefault(evaluate.plan(cfg, run).key, set()).add(f"{solver} {grid} {cfg.nfe}")
     rules, symmetric = ("euler", "heun", "dpm"), ("uniform", "sigmoid")  # whose two steps are equal ones
@@ -175,7 +179,7 @@ CHANGES = [
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_changes_the_numbers_changes_the_artifact(toy: Lab, change: str) -> None:
     def key(*more: str) -> str:
-        cfg = toy.config("evaluate", *more)
+        cfg = toy.config("evaluate", T_MAX, *more)
         return evaluate.plan(cfg, parts.described(files.find(toy.teacher, cfg.profile), parts.data_source(cfg), "run")).key
 
     assert key("nfe=3") != key("nfe=3", change)
