@@ -20,26 +20,29 @@ NAMES = sorted(str(path.relative_to(STUDIES).with_suffix("")) for path in STUDIE
 SCALES = [[], *([f"scale={path.stem}"] for path in sorted((conf_dir() / "scale").glob("*.yaml")))]
 ROWS = [(name, row) for name in NAMES for row in study.read(STUDIES / f"{name}.yaml").rows]
 EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
+T_MAX = f"t_max={80 / 81}"  # null for `evaluate`: the run's own
 OFFLINE = [name for name in EXPERIMENTS if not name.startswith("cifar10")]  # whose data are at hand
 
 
 @pytest.fixture(scope="module")
-def hydra():
+def hydra(toy):  # whose own configuration is composed before this one is open
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         yield
 
 
 @pytest.fixture(scope="module")
-def needed(toy, images, tmp_path_factory):
+def needed(toy, tmp_path_factory):
     """What an experiment leaves to the user: one's own images, a teacher."""
     folder = tmp_path_factory.mktemp("folder")
     for i in range(500):
         Image.fromarray(np.random.default_rng(i).integers(0, 255, (4, 4, 3), np.uint8)).save(folder / f"{i}.png")
 
     def needed(name):
-        own = [f"data.path={folder}"] if name.startswith("custom") else []
-        teacher = toy.teacher if name.startswith("toy") else images.teacher
-        return own if "base" in name or name.startswith("custom") else [f"teacher.path={teacher}"]
+        if name.startswith("custom"):
+            return [f"data.path={folder}"]
+        return {"toy": [f"teacher.path={toy.teacher}", "net.network.width=32"], "cifar10": ["teacher.path=none.safetensors"]}.get(
+            name, []
+        )
 
     def both(name):
         return [*needed(name), *([f"data.path={folder}", "teacher=none"] if name == "custom" else [])]
@@ -54,10 +57,10 @@ def test_the_search_found_the_files():
 
 @pytest.mark.parametrize("scale", SCALES, ids=lambda scale: "".join(scale) or "scale of the study")
 @pytest.mark.parametrize("name, row", ROWS, ids=lambda value: value if isinstance(value, str) else value.name)
-def test_a_row_could_be_trained_and_measured(hydra, images, name, row, scale):
+def test_a_row_could_be_trained_and_measured(hydra, name, row, scale):
     """Composed as the study does, and checked as it does before it trains: pairs, batches, splits, samplers at every NFE."""
     described = study.read(STUDIES / f"{name}.yaml")
-    planned = study.plan(described, row, 0, [f"teacher.path={images.teacher}", *scale])
+    planned = study.plan(described, row, 0, scale)
     cfg = planned.configs[0]
     assert [c.nfe for c in planned.configs] == list(described.nfe)
     assert not scale or cfg.evaluation == compose("train", scale).evaluation
@@ -66,21 +69,21 @@ def test_a_row_could_be_trained_and_measured(hydra, images, name, row, scale):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_rows_of_a_study_differ_and_compare(hydra, images, name):
+def test_rows_of_a_study_differ_and_compare(hydra, name):
     described = study.read(STUDIES / f"{name}.yaml")
-    plans = [study.plan(described, row, 0, [f"teacher.path={images.teacher}"]) for row in described.rows]
+    plans = [study.plan(described, row, 0, []) for row in described.rows]
     study.require_comparable(plans)
     results = {(train.plan(p.configs[0]).key, str(parts.plain(p.configs[0].inf))) for p in plans}
     assert len(results) == len(plans)
 
 
-def test_the_ladder_is_cumulative(hydra, images):
+def test_the_ladder_is_cumulative(hydra):
     described = study.read(STUDIES / "quickstart.yaml")
     assert [row.name for row in described.rows] == ["base flow", "BSL", "+DYN", "+LRN", "+INF"] and described.nfe == (1, 2, 4, 9)
     assert [row.against for row in described.rows] == [None, "base flow", "BSL", "+DYN", "+LRN"]
     before = None
     for row in described.rows[1:]:
-        cfg = study.plan(described, row, 0, [f"teacher.path={images.teacher}"]).configs[0]
+        cfg = study.plan(described, row, 0, []).configs[0]
         stages = [parts.plain(cfg[stage]) for stage in ("dyn", "lrn", "inf")]
         changed = [a != b for a, b in zip(stages, before or stages, strict=True)]
         assert changed == [row.name == f"+{stage}" for stage in ("DYN", "LRN", "INF")]
@@ -90,7 +93,7 @@ def test_the_ladder_is_cumulative(hydra, images):
 @pytest.mark.parametrize("verb", ["train", "pairs", "evaluate"])
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_composes_into_the_verb(hydra, needed, name, verb):
-    cfg = compose(verb, [f"experiment={name}", *needed(name)])
+    cfg = compose(verb, [f"experiment={name}", *needed(name), T_MAX])
     parts.check(cfg)
     with torch.device("meta"):
         network = instantiate(cfg.net)
@@ -110,9 +113,10 @@ def test_a_base_flow_starts_from_scratch_and_a_reflow_from_its_teacher(hydra, na
 
 @pytest.mark.parametrize("name", OFFLINE)
 def test_an_experiment_fits_its_data(hydra, needed, name):
-    cfg = compose("evaluate", [f"experiment={name}", *needed(name)])
+    cfg = compose("evaluate", [f"experiment={name}", *needed(name), T_MAX])
     evaluate.check(cfg)
     if cfg.teacher.path is not None:
         assert {pairs.plan(cfg, kind).recipe["kind"] for kind in ("backward", "forward")} == {"backward", "forward"}
     if cfg.teacher.path is not None or "base" in name:
-        assert train.plan(cfg).recipe["config"]["training"] == parts.plain(cfg.training)
+        recipe = train.plan(cfg).recipe
+        assert recipe["config"]["training"] | {"start": cfg.training.start} == parts.plain(cfg.training)
