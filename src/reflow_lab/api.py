@@ -61,7 +61,7 @@ def sample(
     label: Tensor | None = None,
     batch_size: int = 250,
 ) -> Tensor:
-    """Samples, float32 (num_images, *velocity.shape) on the CPU; images are in [-1, 1].
+    """Samples, float32 (num_images, *velocity.shape) on the CPU; images are about [-1, 1], not clipped.
 
     `nfe` calls of the velocity a sample, by default with the improved INF: DPM-Solver(r = 0.4) on the sigmoid grid, from the
     flow's own t_max. Noise is keyed by (seed, index): the first images of a larger call are the same, to rounding. `label`

@@ -77,6 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _dispatch(args)
     except KeyboardInterrupt:
         return _complain("interrupted", 130)
+    except BrokenPipeError:  # `reflow-lab --help | head`: whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except Exception as error:
         line = _explain(error, args)
         if line is None:
