@@ -41,6 +41,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         cfg.t_max = run.t_max
     check(cfg)
     metrics = measured(cfg, run)
+    solver, grid = (str(node._target_).rpartition(".")[2] for node in (cfg.inf.solver, cfg.inf.grid))
+    print(f"{run.path}, {solver} on {grid}: {metrics['folder']}")
     print(summary(metrics))
     return metrics
 

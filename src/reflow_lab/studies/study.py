@@ -154,6 +154,8 @@ def study(cfg: DictConfig) -> list[dict[str, Any]]:
     seeds = range(cfg.seed, cfg.seed + cfg.seeds)
     plans = [plan(described, row, seed, given) for row in described.rows for seed in seeds]
     require_comparable(plans)
+    steps = len(described.nfe)
+    print(f"{described.title}: {len(plans)} runs, each measured at {steps} step counts; what is finished is read back")
     cells = [cell for planned in plans for cell in run(planned)]
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
