@@ -6,22 +6,27 @@ written last, holds the checksum of every file in it.
 """
 
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
 import json
 import os
+import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import reflow_lab
 
 from .errors import UserError
 
-HASHED_BELOW = 64 * 2**20  #: larger files are checked by size when a folder is opened: reading them would take seconds
+HASHED = 256 * 2**20  #: bytes of a folder that are read when it is opened, smallest files first: the rest is checked by size
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  #: no room on the disk, in the quota, under the file size limit
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  #: a file system without locks
 
 
 def digest(recipe: Any) -> str:
@@ -37,7 +42,7 @@ def file_hash(path: Path) -> str:
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Write beside the target, sync, rename: the file is there whole or not at all. Its mode is a new file's, whoever writes."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
@@ -46,6 +51,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        reason = f"{error.strerror}; what was written before stays good, and the same command goes on from there"
+        raise UserError(f"{path}: cannot be written: {reason}") from None
     finally:
         temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
@@ -64,6 +74,25 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+
+
+@contextlib.contextmanager
+def lock(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock of a file; yields whether we have it, which without `wait` may be no.
+
+    The system frees the lock of a process that died. Where the file system has no locks everyone is let in: what is written
+    twice is then the same, and renamed whole.
+    """
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        yield True
 
 
 def _checksums(mark: Path) -> list[tuple[str, int, str]]:
@@ -96,44 +125,62 @@ class Artifact:
     @property
     def key(self) -> str:
         """The recipe's hash, by which later stages name this one."""
-        return self.folder.name
+        return digest(self.recipe)
 
     def is_done(self) -> bool:
         """Whether the folder is finished; raises a `UserError` if a finished one no longer matches its checksums."""
         mark = self.folder / "done.json"
         if not mark.exists():
             return False
-        for name, size, checksum in _checksums(mark):
+        read = 0
+        for name, size, checksum in sorted(_checksums(mark), key=lambda file: file[1]):
             path = self.folder / name
             fits = path.exists() and path.stat().st_size == size
-            if not fits or (size < HASHED_BELOW and file_hash(path) != checksum):
+            read += size
+            if not fits or (read <= HASHED and file_hash(path) != checksum):
                 raise UserError(f"{path}: is missing or was changed after it was written; delete {self.folder} to make it again")
         warn_of_version(self.folder)
         return True
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder's lock, waiting for another process that has it; the system frees a dead process's lock."""
+        """Hold the folder's lock, waiting for another process that has it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"waiting for another process that works on {self.folder}")
-                fcntl.flock(file, fcntl.LOCK_EX)
+        path = self.folder / ".lock"
+        with lock(path, wait=False) as mine:
+            if mine:
+                yield
+                return
+        print(f"waiting for another process that works on {self.folder}")
+        with lock(path):
             yield
 
     def begin(self) -> None:
-        """Write the recipe and the code's version into the folder."""
+        """Write the recipe and the code's version into the folder; a folder of another recipe is refused."""
+        self.require_recipe()
         write_json(self.folder / "recipe.json", self.recipe)
         write_json(self.folder / "version.json", {"reflow_lab": reflow_lab.__version__})
 
-    def finish(self) -> None:
-        """Write the done-mark: from now on the folder is whole."""
+    def require_recipe(self) -> None:
+        """Raise a `UserError` that names the differing keys if the folder holds something made by another recipe."""
+        path = self.folder / "recipe.json"
+        if path.exists() and (differing := differences(read_json(path), self.recipe)):
+            raise UserError(f"{self.folder}: holds something else: {differing}; choose another folder, or delete it")
+
+    def finish(self, known: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Write the done-mark: from now on the folder is whole. `known`: checksums of files that need not be read again."""
         found = [p for p in sorted(self.folder.rglob("*")) if p.is_file()]
-        paths = [p for p in found if not p.name.startswith(".") and p.name != "done.json"]
-        files = {str(p.relative_to(self.folder)): (p.stat().st_size, file_hash(p)) for p in paths}
+        names = [str(p.relative_to(self.folder)) for p in found if not p.name.startswith(".") and p.name != "done.json"]
+        files = {n: ((self.folder / n).stat().st_size, known.get(n) or file_hash(self.folder / n)) for n in names}
         write_json(self.folder / "done.json", {"key": self.key, "files": files})
+
+
+def differences(there: Any, wanted: Any, name: str = "") -> str:
+    """Where two recipes differ: `key: value in the first, value in the second`, empty if they are equal."""
+    if not (isinstance(there, dict) and isinstance(wanted, dict)):
+        return "" if there == wanted else f"{name}: {there} there, {wanted} here"
+    inner = [differences(there.get(key), wanted.get(key), f"{name}.{key}".lstrip(".")) for key in sorted({*there, *wanted})]
+    return "; ".join(found for found in inner if found)
 
 
 def artifact(outputs: str | Path, stage: str, version: int, **recipe: Any) -> Artifact:

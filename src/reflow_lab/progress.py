@@ -1,4 +1,4 @@
-"""Progress bars for people, plain lines for logs."""
+"""Progress bars for people, plain lines for logs; of several processes the first one speaks."""
 
 import sys
 import time
@@ -16,6 +16,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+from .parallel import rank
 
 LINE_EVERY_S = 30.0  #: without a terminal, how often a line is printed
 
@@ -47,7 +49,7 @@ class Bar:
         self.started = self.printed = time.monotonic()
 
     def __enter__(self) -> "Bar":
-        if self.console.is_terminal:
+        if self.console.is_terminal and rank() == 0:
             self.progress.start()
         return self
 
@@ -66,9 +68,11 @@ class Bar:
 
     def _line(self) -> None:
         self.printed = time.monotonic()
-        rate = (self.completed - self.start_count) / max(self.printed - self.started, 1e-9)
-        left = (self.total - self.completed) / rate if rate else float("inf")
-        text = f"{self.description}: {self.completed:,}/{self.total:,}, {rate:,.0f} {self.unit}/s, {left:,.0f} s left"
+        if rank() > 0:
+            return
+        speed = (self.completed - self.start_count) / max(self.printed - self.started, 1e-9)
+        left = (self.total - self.completed) / speed if speed else float("inf")
+        text = f"{self.description}: {self.completed:,}/{self.total:,}, {speed:,.0f} {self.unit}/s, {left:,.0f} s left"
         print(text, file=sys.stderr, flush=True)
 
 

@@ -99,7 +99,7 @@ def test_a_damaged_shard_of_an_unfinished_store_is_made_again(cfg):
 
 def test_a_whole_store_is_not_made_again(cfg, monkeypatch):
     first = pairs.ensure(cfg(), "backward").folder
-    monkeypatch.setattr(pairs, "generate", None)
+    monkeypatch.setattr(pairs.generation, "fill", None)
     assert pairs.ensure(cfg(), "backward").folder == first
 
 
@@ -141,7 +141,7 @@ def test_num_pairs_and_seed_stand_in_for_the_configured_ones(cfg):
             "inf/solver@pairs.solver=adaptive",
             r"pairs\.solver=reflow_lab\.inf\.solvers\.Adaptive: must be a fixed-step solver",
         ),
-        ("forward", "pairs.num_forward=401", r"pairs\.num_forward=401: at most the number of training images, 400"),
+        ("forward", "pairs.num_forward=401", r"pairs\.num_forward=401: only 400 differ .*pairs\.start_noise=true"),
         ("forward", "pairs.num_forward=0", r"pairs\.num_forward=0: must be a whole number"),
         ("backward", "pairs.num_backward=1.5", r"pairs\.num_backward=1\.5: must be a whole number"),
         ("backward", "pairs.shard_size=0", r"pairs\.shard_size=0: must be a whole number"),
@@ -153,6 +153,8 @@ def test_num_pairs_and_seed_stand_in_for_the_configured_ones(cfg):
         ("backward", "pairs.dtype=uint8", r"pairs\.dtype=uint8: holds images only"),
         ("sideways", "pairs.seed=1", r"pairs\.kind=sideways: allowed: backward, forward"),
         ("backward", "precision=16", r"precision=16: allowed: 32-true, bf16-mixed"),
+        ("forward", "pairs.flips=true", r"pairs\.flips=True: points have no left and right"),
+        ("forward", "pairs.start_noise=3", r"pairs\.start_noise=3: must be true or false"),
         ("backward", "teacher.path=null", r"teacher\.path=None: needs a run folder or a weight file"),
         ("backward", "data.dim=3", r"makes samples of shape \(2,\), but the data has \(3,\)"),
     ],
@@ -173,7 +175,7 @@ def test_nan_is_not_stored(cfg, tmp_path):
     network = files.load(path)
     torch.nn.init.constant_(network.network.layers[-1].bias, float("nan"))
     files.save(network, path, files.describe(path))
-    with pytest.raises(UserError, match="pairs=backward: the teacher made NaN"):
+    with pytest.raises(UserError, match="NaN or infinite values among pairs 0 to 15; no shard"):
         pairs.ensure(cfg(f"teacher.path={path}"), "backward")
 
 

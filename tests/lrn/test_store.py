@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import numpy as np
@@ -8,8 +9,9 @@ from reflow_lab.data.sets import ImageSet
 from reflow_lab.errors import UserError
 from reflow_lab.lrn.store import (
     PairStore,
-    is_whole,
+    encode,
     noise_check,
+    pair_images,
     pair_labels,
     pair_noise,
     shard_name,
@@ -26,12 +28,15 @@ def images(n=12):
     return ImageSet(pixels, torch.arange(n) % 3, "images")
 
 
-def make(folder, kind="backward", dtype="float32", num_classes=0):
+def make(folder, kind="backward", dtype="float32", num_classes=0, flips=False):
     values = torch.linspace(-1, 1, 10 * 16).reshape(10, *SHAPE)
+    shards = []
     for i, part in enumerate(values.split(4)):
-        write_shard(folder / shard_name(i), part, dtype)
-    provenance = {"kind": kind, "count": 10, "shape": list(SHAPE), "num_classes": num_classes, "seed": SEED, "dtype": dtype}
-    write_manifest(folder, provenance, COUNTS)
+        checksum = write_shard(folder / shard_name(i), encode(part, dtype).numpy())
+        shards.append({"file": shard_name(i), "count": len(part), "sha256": checksum})
+    recipe = {"kind": kind, "half": "x0" if kind == "backward" else "x1", "count": 10, "shape": list(SHAPE), "seed": SEED}
+    recipe |= {"num_classes": num_classes, "dtype": dtype, "flips": flips}
+    write_manifest(folder, recipe, {"device": "cpu"}, shards)
     return PairStore(folder, images() if kind == "forward" else None), values
 
 
@@ -122,18 +127,9 @@ def test_a_pickled_shard_is_not_opened(tmp_path):
 
 def test_a_shard_of_another_length_is_named(tmp_path):
     make(tmp_path)
-    write_shard(tmp_path / shard_name(2), torch.zeros(1, *SHAPE), "float32")
+    write_shard(tmp_path / shard_name(2), np.zeros((1, *SHAPE), np.float32))
     with pytest.raises(UserError, match=r"shard-00002\.npy=1 pairs: the manifest says 2"):
         PairStore(tmp_path).read(np.array([0]))
-
-
-def test_a_shard_is_whole_if_it_holds_what_it_should(tmp_path):
-    make(tmp_path)
-    path = tmp_path / shard_name(0)
-    assert is_whole(path, 4, SHAPE, "float32") and not is_whole(tmp_path / "none.npy", 4, SHAPE, "float32")
-    assert not any(is_whole(path, *other) for other in ((3, SHAPE, "float32"), (4, (1, 2, 8), "float32"), (4, SHAPE, "float16")))
-    path.write_bytes(path.read_bytes()[:-8])
-    assert not is_whole(path, 4, SHAPE, "float32")
 
 
 def test_a_missing_manifest_is_named(tmp_path):
@@ -145,4 +141,25 @@ def test_the_manifest_lists_the_shards_with_their_hashes(tmp_path):
     store, _ = make(tmp_path)
     shards = store.manifest["shards"]
     assert [(s["file"], s["count"]) for s in shards] == [(shard_name(i), n) for i, n in enumerate(COUNTS)]
-    assert len({s["sha256"] for s in shards}) == 3
+    assert [s["sha256"] for s in shards] == [hashlib.sha256((tmp_path / s["file"]).read_bytes()).hexdigest() for s in shards]
+
+
+def test_forward_pairs_repeat_the_images_and_mirror_every_second_pass():
+    pixels = torch.arange(3 * 16).reshape(3, *SHAPE).to(torch.uint8)
+    held = ImageSet(pixels, torch.tensor([5, 6, 7]), "three")
+    indices = np.array([0, 4, 8, 11, 3, 6])
+    expected, labels = held.take(indices % 3)
+    plain, plain_labels = pair_images(held, indices, flips=False)
+    assert torch.equal(plain, expected) and torch.equal(plain_labels, labels)
+    mirrored, _ = pair_images(held, indices, flips=True)
+    passes = indices // 3 % 2 == 1
+    assert torch.equal(mirrored[passes], expected[passes].flip(-1)) and torch.equal(mirrored[~passes], expected[~passes])
+    assert passes.tolist() == [False, True, False, True, True, False] and not torch.equal(mirrored, expected)
+
+
+def test_batches_run_through_the_store_in_order(tmp_path):
+    store, values = make(tmp_path)
+    batches = list(store.batches(3))
+    assert [len(b.x0) for b in batches] == [3, 3, 3, 1]
+    assert torch.equal(torch.cat([b.x0 for b in batches]), values)
+    assert torch.equal(torch.cat([b.x1 for b in batches]), pair_noise(SEED, np.arange(10), SHAPE))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..errors import require
-from ..flow import T_MAX, T_MIN, MeanVelocity
+from ..flow import T_MAX, T_MIN, MeanVelocity, interpolate
 from .grids import Grid, ascending
 from .solvers import Callback, Solver
 
@@ -74,17 +74,20 @@ def invert(
     nfe: int,
     t_max: float = T_MAX,
     label: Tensor | None = None,
+    start_noise: Tensor | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
     """Noise x1 from images x0, (n, ...), by nfe calls of the velocity: a forward pair is (x0, x1), its data exact.
 
     Starts at T_MIN (sigma 0.002) from (1 - T_MIN) x0, where x / (1 - t) is the image, and ends with x_{t_max} / t_max, from which
-    `sample` goes back. Errors as in `sample`.
+    `sample` goes back. `start_noise` z, (n, ...), adds T_MIN z, as the path has it: then one image has many x1. Errors as in
+    `sample`.
     """
     times = inversion_times(solver, grid, nfe, t_max)
     x1 = torch.empty_like(x0)
     with torch.inference_mode():
-        x1.copy_(solver(velocity, (1 - T_MIN) * x0, times, label=label, nfe=nfe, callback=callback) / t_max)
+        start = (1 - T_MIN) * x0 if start_noise is None else interpolate(x0, start_noise, x0.new_tensor(T_MIN))
+        x1.copy_(solver(velocity, start, times, label=label, nfe=nfe, callback=callback) / t_max)
     return x1
 
 

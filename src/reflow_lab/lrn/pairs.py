@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
@@ -14,50 +13,78 @@ from .. import parts
 from ..artifacts import Artifact, artifact
 from ..data.sets import SampleSet
 from ..data.sources import DataSource
-from ..errors import bad_value, require
+from ..errors import require
 from ..flow import MeanVelocity
 from ..inf.sampler import invert, sample
 from ..networks.precision import require_precision
-from ..noise import Indices, chunks
-from ..progress import track
-from .store import DTYPES, PairStore, is_whole, pair_labels, pair_noise, shard_name, write_manifest, write_shard
+from ..noise import Indices, chunks, normal
+from ..parallel import take_own_gpu
+from ..parts import Teacher
+from . import generation
+from .store import DTYPES, PairStore, pair_images, pair_labels, pair_noise
 
-VERSION = 1  #: of the recipe: increment when the same configuration means another result
+VERSION = 2  #: of the recipe: increment when the same configuration means another result
+HALF = {"backward": "x0", "forward": "x1"}  #: the half of a pair that is stored
+START_STREAM = "pairs/start"  #: the noise that forward pairs may start with
 
 
 def pairs(cfg: DictConfig) -> Path:
-    """Make the store that `pairs.kind` names, or finish it, or return at once if it is whole."""
+    """Make the store that `pairs.kind` names, or finish it, or return at once if it is whole; alone or with other processes."""
     parts.check(cfg)
-    store = ensure(cfg, cfg.pairs.kind)
-    print(f"pairs: {store.folder} ({len(store):,} {store.kind} pairs)")
-    return store.folder
+    take_own_gpu()
+    made = plan(cfg, cfg.pairs.kind)
+    whole = make(cfg, made, wanted_shards(cfg))
+    state = f"{made.recipe['count']:,} {cfg.pairs.kind} pairs" if whole else "unfinished: shards of other ranges are missing"
+    print(f"pairs: {made.folder} ({state})")
+    return made.folder
 
 
 def plan(cfg: DictConfig, kind: str, num_pairs: int | None = None, seed: int | None = None) -> Artifact:
-    """The artifact of a store: its recipe is the manifest's provenance, so that equal stores have one folder."""
-    require(kind in ("backward", "forward"), "pairs.kind", kind, "allowed: backward, forward")
+    """The artifact of a store: its recipe stands in the manifest, and equal recipes have one folder."""
+    require(kind in HALF, "pairs.kind", kind, f"allowed: {', '.join(HALF)}")
     require_precision(cfg.precision)
     teacher, source = parts.teacher(cfg), parts.data_source(cfg)
     count = cfg.pairs[f"num_{kind}"] if num_pairs is None else num_pairs
     check(cfg, kind, count, source)
+    forward = kind == "forward"
     recipe = {
         "kind": kind,
+        "half": HALF[kind],
         "count": count,
         "shape": list(parts.sample_shape(source)),
-        "num_classes": teacher.num_classes,
-        "teacher": teacher.hash,
-        "solver": parts.plain(cfg.pairs.solver),
-        "grid": parts.plain(cfg.pairs.grid),
-        "nfe": cfg.pairs.nfe,
-        "t_max": teacher.t_max,
+        **drawing(cfg, teacher),
         "seed": cfg.pairs.seed if seed is None else seed,
         "batch_size": cfg.pairs.batch_size,
         "shard_size": cfg.pairs.shard_size,
         "dtype": cfg.pairs.dtype,
-        "precision": cfg.precision,
-        "data": source.split("train").content_hash if kind == "forward" else None,
+        "data": source.split("train").content_hash if forward else None,
+        "flips": cfg.pairs.flips if forward else False,
+        "start_noise": cfg.pairs.start_noise if forward else False,
     }
-    return artifact(cfg.outputs, "pairs", VERSION, **recipe)
+    made = artifact(cfg.outputs, "pairs", VERSION, **recipe)
+    own_folder = cfg.pairs.folder is not None and num_pairs is None and seed is None
+    return Artifact(Path(cfg.pairs.folder) / kind, made.recipe) if own_folder else made
+
+
+def drawing(cfg: DictConfig, teacher: Teacher) -> dict[str, Any]:
+    """How a teacher's pairs are drawn, stored or online."""
+    return {
+        "teacher": teacher.hash,
+        "num_classes": teacher.num_classes,
+        "solver": parts.plain(cfg.pairs.solver),
+        "grid": parts.plain(cfg.pairs.grid),
+        "nfe": cfg.pairs.nfe,
+        "t_max": teacher.t_max,
+        "guidance": None,
+        "precision": cfg.precision,
+    }
+
+
+def require_fixed_steps(cfg: DictConfig) -> None:
+    """Raise a `UserError` for an adaptive solver: its steps depend on the batch, so that pairs could not be drawn twice."""
+    solver = cfg.pairs.solver
+    reason = "must be a fixed-step solver: a store is reproducible"
+    require(instantiate(solver).fixed_step, "pairs.solver", solver._target_, reason)
 
 
 def check(cfg: DictConfig, kind: str, count: int, source: DataSource) -> None:
@@ -67,75 +94,74 @@ def check(cfg: DictConfig, kind: str, count: int, source: DataSource) -> None:
     for key, value in whole.items():
         parts.require_whole(f"pairs.{key}", value, 1)
     parts.require_whole("pairs.seed", cfg.pairs.seed, 0)
-    fits = kind == "backward" or count <= len(images)
-    require(fits, "pairs.num_forward", count, f"at most the number of training images, {len(images)}")
-    solver = cfg.pairs.solver
-    require(
-        instantiate(solver).fixed_step, "pairs.solver", solver._target_, "must be a fixed-step solver: a store is reproducible"
-    )
+    for key in ("flips", "start_noise"):
+        require(isinstance(cfg.pairs[key], bool), f"pairs.{key}", cfg.pairs[key], "must be true or false")
+    require_fixed_steps(cfg)
+    are_images = len(images.shape) == 3
+    require(are_images or not cfg.pairs.flips, "pairs.flips", True, "points have no left and right")
     require(cfg.pairs.dtype in DTYPES, "pairs.dtype", cfg.pairs.dtype, f"allowed: {', '.join(DTYPES)}")
-    in_bytes = kind == "backward" and len(images.shape) == 3
-    require(
-        cfg.pairs.dtype != "uint8" or in_bytes,
-        "pairs.dtype",
-        "uint8",
-        "holds images only: noise and points want float16 or float32",
-    )
+    bytes_fit = cfg.pairs.dtype != "uint8" or (kind == "backward" and are_images)
+    require(bytes_fit, "pairs.dtype", "uint8", "holds images only: noise and points want float16 or float32")
+    distinct = len(images) * (1 + cfg.pairs.flips)
+    repeats = f"only {distinct} differ (training images, flips counted); pairs.start_noise=true makes each repeat another pair"
+    require(kind != "forward" or count <= distinct or cfg.pairs.start_noise, "pairs.num_forward", count, repeats)
+
+
+def wanted_shards(cfg: DictConfig) -> range | None:
+    """The shards that `pairs.shards` names, `first:end`; None for all of them."""
+    text = cfg.pairs.shards
+    if text is None:
+        return None
+    first, _, end = str(text).partition(":")
+    good = first.isdigit() and end.isdigit() and int(first) < int(end)
+    require(good, "pairs.shards", text, "must be first:end, e.g. 0:10 for the shards 0 to 9")
+    return range(int(first), int(end))
 
 
 def ensure(cfg: DictConfig, kind: str, num_pairs: int | None = None, seed: int | None = None) -> PairStore:
     """The store of a kind, generated first if it is not there; `num_pairs` and `seed` stand in for the configured ones."""
     made = plan(cfg, kind, num_pairs, seed)
-    images = parts.data_source(cfg).split("train")
-    with made.locked():
-        if not made.is_done():
-            made.begin()
-            generate(cfg, made, images)
-            made.finish()
-    return PairStore(made.folder, images)
+    make(cfg, made)
+    return PairStore(made.folder, parts.data_source(cfg).split("train"))
 
 
-def generate(cfg: DictConfig, made: Artifact, images: SampleSet) -> None:
-    """Fill the folder shard by shard; whole shards of an earlier, interrupted run are kept."""
-    recipe, velocity = made.recipe, parts.teacher(cfg).velocity(cfg)
-    starts = range(0, recipe["count"], recipe["shard_size"])
-    counts = [min(recipe["shard_size"], recipe["count"] - start) for start in starts]
-    like = (*recipe["shape"],), recipe["dtype"]
-    missing = [i for i, count in enumerate(counts) if not is_whole(made.folder / shard_name(i), count, *like)]
-    done = sum(counts) - sum(counts[i] for i in missing)
+def make(cfg: DictConfig, made: Artifact, numbers: range | None = None) -> bool:
+    """Generate what is missing of a store, or of these shards of it; whether all of it is there now."""
+    made.require_recipe()
+    if made.is_done():
+        return True
+    images, device = parts.data_source(cfg).split("train"), parts.device(cfg)
+    velocity = parts.teacher(cfg).velocity(cfg)
+    origin = {"teacher_path": str(cfg.teacher.path), "teacher_profile": cfg.teacher.profile, "data": parts.plain(cfg.data)}
 
-    def work() -> Iterator[int]:
-        for i in missing:
-            drawn: list[Tensor] = []
-            for chunk in solve(velocity, recipe, images, np.arange(starts[i], starts[i] + counts[i]), parts.device(cfg)):
-                drawn.append(chunk)
-                yield len(chunk)
-            write_shard(made.folder / shard_name(i), torch.cat(drawn), recipe["dtype"])
+    def draw(indices: Indices) -> Iterator[Tensor]:
+        return solve(velocity, made.recipe, images, indices, device)
 
-    for _ in track(work(), f"{recipe['kind']} pairs", sum(counts), "pairs", done):
-        pass
-    write_manifest(made.folder, recipe, counts)
+    return generation.fill(made, draw, generation.conditions(device, **origin), numbers)
 
 
 def solve(
     velocity: MeanVelocity, recipe: dict[str, Any], images: SampleSet, indices: Indices, device: torch.device
 ) -> Iterator[Tensor]:
-    """The stored half of these pairs, batch by batch on the CPU: x0 of backward pairs, x1 of forward ones."""
-    settings = {
-        "solver": instantiate(recipe["solver"]),
-        "grid": instantiate(recipe["grid"]),
-        "nfe": recipe["nfe"],
-        "t_max": recipe["t_max"],
-    }
-    for chunk in chunks(indices, recipe["batch_size"]):
+    """The stored half of these pairs on the device, batch by batch: x0 of backward pairs, x1 of forward ones."""
+    rules = {"solver": instantiate(recipe["solver"]), "grid": instantiate(recipe["grid"])}
+    rules |= {key: recipe[key] for key in ("nfe", "t_max")}
+    starts = (start(recipe, images, chunk, device) for chunk in chunks(indices, recipe["batch_size"]))
+    for x, label, noise in generation.ahead(starts) if device.type == "cuda" else starts:
         if recipe["kind"] == "backward":
-            x1 = pair_noise(recipe["seed"], chunk, tuple(recipe["shape"])).to(device)
-            label = pair_labels(recipe["seed"], chunk, recipe["num_classes"])
-            result = sample(velocity, x1, label=None if label is None else label.to(device), **settings)
+            yield sample(velocity, x, label=label, **rules)
         else:
-            x0, label = images.take(chunk, device)
-            result = invert(velocity, x0, label=label if recipe["num_classes"] else None, **settings)
-        if not result.isfinite().all():
-            reason = f"the teacher made NaN or infinite values among pairs {chunk[0]} to {chunk[-1]}"
-            raise bad_value("pairs", recipe["kind"], reason)
-        yield result.cpu()
+            yield invert(velocity, x, label=label, start_noise=noise, **rules)
+
+
+def start(
+    recipe: dict[str, Any], images: SampleSet, indices: Indices, device: torch.device
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What these pairs are integrated from: the derived half, the labels, and the noise that forward pairs may start with."""
+    seed, shape, classes = recipe["seed"], tuple(recipe["shape"]), recipe["num_classes"]
+    if recipe["kind"] == "backward":
+        x, label = pair_noise(seed, indices, shape), pair_labels(seed, indices, classes)
+    else:
+        x, label = pair_images(images, indices, recipe["flips"])
+    noise = normal(seed, START_STREAM, indices, shape) if recipe["start_noise"] else None
+    return x.to(device), label.to(device) if label is not None and classes else None, None if noise is None else noise.to(device)

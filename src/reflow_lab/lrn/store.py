@@ -1,26 +1,31 @@
 """The pair store: what a ReFlow is trained on, on disk, with where it came from.
 
-Only what cannot be derived is stored: a backward pair's image (its noise is regenerated from seed and index), a forward
-pair's noise (its image is found in the data set).
+Only what cannot be derived is stored. A backward pair's noise is regenerated from seed and index, a forward pair's image is
+found in the data set; so a shard holds one half of its pairs, x0 or x1, and the manifest says which.
+
+    manifest.json     recipe, how and where it was made, classes, shards with count and SHA-256, check values of the noise
+    shard-00000.npy   (count, *shape), uint8, float16 or float32, mapped into memory and read at random
 """
 
+import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..artifacts import file_hash, read_json, write_atomically, write_json
+from ..artifacts import read_json, write_atomically, write_json
 from ..data.sets import SampleSet, to_float, to_uint8
 from ..errors import UserError, require
-from ..noise import Indices, normal, uniform
+from ..noise import Indices, chunks, normal, uniform
 from .couplings import Batch
 
-DTYPES = {"uint8": np.uint8, "float16": np.float16, "float32": np.float32}
+DTYPES = {"uint8": torch.uint8, "float16": torch.float16, "float32": torch.float32}
 STREAM = "pairs"  #: the noise stream of backward pairs
 
 
@@ -36,6 +41,18 @@ def pair_labels(seed: int, indices: Indices, num_classes: int) -> Tensor | None:
     return (uniform(seed, f"{STREAM}/labels", indices)[:, 0] * num_classes).long()
 
 
+def pair_images(images: SampleSet, indices: Indices, flips: bool) -> tuple[Tensor, Tensor | None]:
+    """x0 of forward pairs, float32 (n, *shape), with labels (n,) or None: pair i is image i modulo their number.
+
+    With `flips` every second pass over the images is mirrored, left to right.
+    """
+    x0, label = images.take(indices % len(images))
+    if flips:
+        mirrored = torch.from_numpy(indices // len(images) % 2 == 1).to(x0.device)
+        x0[mirrored] = x0[mirrored].flip(-1)
+    return x0, label
+
+
 def noise_check(seed: int, shape: tuple[int, ...]) -> list[float]:
     """Values that show whether this machine regenerates the noise that the store was made with."""
     return [float(v) for v in pair_noise(seed, np.arange(1), shape).flatten()[:8]]
@@ -46,15 +63,41 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.npy"
 
 
-def write_shard(path: Path, values: Tensor, dtype: str) -> None:
-    """Write one shard, (m, ...) floats in [-1, 1] (or noise), rounded to `dtype`; whole or not at all."""
-    array = (to_uint8(values) if dtype == "uint8" else values).numpy().astype(DTYPES[dtype], copy=False)
+def encode(values: Tensor, dtype: str) -> Tensor:
+    """Floats, in [-1, 1] for images, rounded to what is stored: uint8 clamps to the 256 grey levels."""
+    return to_uint8(values) if dtype == "uint8" else values.to(DTYPES[dtype])
+
+
+def decode(stored: Tensor) -> Tensor:
+    """What is stored as float32: the inverse of `encode` up to rounding."""
+    return to_float(stored) if stored.dtype == torch.uint8 else stored.float()
+
+
+class Hashed:
+    """A binary file that takes the SHA-256 of what is written to it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.sha256 = file, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        """Write and take into account."""
+        self.sha256.update(data)
+        return self.file.write(data)
+
+
+def write_shard(path: Path, array: NDArray[Any]) -> str:
+    """Write one shard, (count, *shape), whole or not at all; its SHA-256, taken from memory, not from the disk."""
+    digests: list[str] = []
 
     def save(temporary: Path) -> None:
         with temporary.open("wb") as file:
-            np.save(file, array, allow_pickle=False)
+            hashed = Hashed(file)
+            np.lib.format.write_array_header_1_0(hashed, np.lib.format.header_data_from_array_1_0(array))  # type: ignore[arg-type]
+            hashed.write(np.ascontiguousarray(array).data)
+        digests.append(hashed.sha256.hexdigest())
 
     write_atomically(path, save)
+    return digests[0]
 
 
 def open_shard(path: Path, count: int) -> NDArray[Any]:
@@ -67,21 +110,10 @@ def open_shard(path: Path, count: int) -> NDArray[Any]:
     return np.asarray(shard)  # still mapped, but indexed without np.memmap's overhead
 
 
-def is_whole(path: Path, count: int, shape: tuple[int, ...], dtype: str) -> bool:
-    """Whether a shard can be opened and holds `count` samples of this shape and type."""
-    try:
-        shard = open_shard(path, count)
-    except UserError:
-        return False
-    return shard.shape == (count, *shape) and shard.dtype == DTYPES[dtype]
-
-
-def write_manifest(folder: Path, provenance: dict[str, Any], counts: list[int]) -> None:
-    """Write `manifest.json`: provenance, and for every shard its file, count and SHA-256."""
-    names = [shard_name(i) for i in range(len(counts))]
-    shards = [{"file": n, "count": c, "sha256": file_hash(folder / n)} for n, c in zip(names, counts, strict=True)]
-    check = noise_check(provenance["seed"], tuple(provenance["shape"])) if provenance["kind"] == "backward" else None
-    write_json(folder / "manifest.json", {**provenance, "shards": shards, "noise_check": check})
+def write_manifest(folder: Path, recipe: dict[str, Any], made_by: dict[str, Any], shards: list[dict[str, Any]]) -> None:
+    """Write `manifest.json`, the last file of a store: what it is, how it was made, its shards, check values of its noise."""
+    check = noise_check(recipe["seed"], tuple(recipe["shape"])) if recipe["half"] == "x0" else None
+    write_json(folder / "manifest.json", {**recipe, "made_by": made_by, "shards": shards, "noise_check": check})
 
 
 @dataclass(frozen=True)
@@ -96,7 +128,7 @@ class PairStore:
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
-        """Provenance and shards; checked against this machine's noise."""
+        """Recipe, origin and shards; checked against this machine's noise."""
         manifest = read_json(self.folder / "manifest.json")
         if (check := manifest["noise_check"]) and not np.allclose(
             check, noise_check(manifest["seed"], tuple(manifest["shape"])), rtol=1e-5
@@ -111,7 +143,7 @@ class PairStore:
 
     @property
     def kind(self) -> str:
-        """`backward` or `forward`."""
+        """`backward`, `forward` or `projected`."""
         return str(self.manifest["kind"])
 
     @cached_property
@@ -119,28 +151,41 @@ class PairStore:
         return [open_shard(self.folder / s["file"], s["count"]) for s in self.manifest["shards"]]
 
     @cached_property
-    def _starts(self) -> list[int]:
-        return [0, *np.cumsum([len(s) for s in self._shards])[:-1].tolist()]
+    def _starts(self) -> Indices:
+        return np.cumsum([0, *(len(s) for s in self._shards)])[:-1]
 
-    def stored(self, indices: Indices) -> Tensor:
-        """What the file holds for these pairs, float32 (n, *shape): x0 of backward pairs, x1 of forward ones."""
+    def rows(self, indices: Indices) -> NDArray[Any]:
+        """What the files hold for these pairs, (n, *shape), as stored."""
         shards = np.searchsorted(self._starts, indices, side="right") - 1
         rows = np.empty((len(indices), *self._shards[0].shape[1:]), self._shards[0].dtype)
-        for shard in np.unique(shards):
-            here = shards == shard
-            rows[here] = self._shards[shard][indices[here] - self._starts[shard]]
-        values = torch.from_numpy(rows)
-        return to_float(values) if values.dtype == torch.uint8 else values.float()
+        order = np.argsort(shards, kind="stable")
+        ends = np.flatnonzero(np.diff(shards[order])) + 1
+        for where in np.split(order, ends) if len(order) else ():
+            shard = shards[where[0]]
+            rows[where] = self._shards[shard][indices[where] - self._starts[shard]]
+        return rows
+
+    def stored(self, indices: Indices) -> Tensor:
+        """The stored half of these pairs, float32 (n, *shape): x0 of backward pairs, x1 of forward ones."""
+        return decode(torch.from_numpy(self.rows(indices)))
+
+    def derived(self, indices: Indices) -> tuple[Tensor, Tensor | None]:
+        """The other half, and the labels (n,) or None: noise by seed and index, or images of the data set."""
+        about = self.manifest
+        if about["half"] == "x0":
+            noise = pair_noise(about["seed"], indices, tuple(about["shape"]))
+            return noise, pair_labels(about["seed"], indices, about["num_classes"])
+        require(self.images is not None, "images", None, "forward pairs refer to the data set they were made from")
+        assert self.images is not None
+        images, label = pair_images(self.images, indices, about["flips"])
+        return images, label if about["num_classes"] else None
 
     def read(self, indices: Indices, position: int = 0) -> Batch:
         """The pairs of these indices (n,), where the images lie; `position` is unused, since stored pairs are fixed."""
-        values = self.stored(indices)
-        device = torch.device("cpu") if self.images is None else self.images.held.device
-        if self.kind == "backward":
-            seed, shape = self.manifest["seed"], tuple(self.manifest["shape"])
-            label = pair_labels(seed, indices, self.manifest["num_classes"])
-            return Batch(values, pair_noise(seed, indices, shape), label).to(device)
-        require(self.images is not None, "images", None, "forward pairs refer to the data set they were made from")
-        assert self.images is not None
-        x0, label = self.images.take(indices)
-        return Batch(x0, values, label if self.manifest["num_classes"] else None).to(device)
+        stored, (derived, label) = self.stored(indices), self.derived(indices)
+        x0, x1 = (stored, derived) if self.manifest["half"] == "x0" else (derived, stored)
+        return Batch(x0, x1, label).to(torch.device("cpu") if self.images is None else self.images.held.device)
+
+    def batches(self, size: int = 1000) -> Iterator[Batch]:
+        """All pairs in order, `size` at a time."""
+        return (self.read(indices) for indices in chunks(np.arange(len(self)), size))
