@@ -1,10 +1,24 @@
+from itertools import permutations
+
 import numpy as np
 import pytest
 import torch
 
 from reflow_lab.data.sets import PointSet
 from reflow_lab.errors import UserError
-from reflow_lab.lrn.couplings import Batch, Draws, IndependentPairs, Mixture, Prefetched, shares
+from reflow_lab.lrn.couplings import (
+    HELD_OUT,
+    KINDS,
+    Batch,
+    Draws,
+    IndependentPairs,
+    MinibatchOTPairs,
+    Mixed,
+    Mixture,
+    Prefetched,
+    assignment,
+    shares,
+)
 
 SEED = 4
 
@@ -110,6 +124,32 @@ def test_a_kind_that_would_never_be_drawn_is_refused():
         opened(backward=1, forward=0.01)
 
 
+def test_a_batch_of_one_part_is_that_parts_own():
+    class One:
+        def batch(self, step):
+            return given
+
+    given = SOURCES["backward"].read(np.arange(3), 0)
+    assert Mixed((One(),)).batch(0) is given
+
+
+def test_fresh_pairs_are_taken_one_after_the_other():
+    """A kind without end is never permuted; held-out ones begin where training never comes."""
+
+    class Endless(Numbered):
+        def read(self, indices, position):
+            read.append((indices.tolist(), position))
+            return super().read(indices, position)
+
+    read = []
+    train, heldout = Mixture(online=3, backward=1).open(
+        SOURCES | {"online": Endless(5, HELD_OUT, labelled=False)}, batch_size=8, seed=SEED, num_heldout=4
+    )
+    for coupling, step in ((train, 0), (train, 7), (heldout, 0)):
+        coupling.batch(step)
+    assert read == [([*range(6)], 0), ([*range(42, 48)], 42), ([*range(HELD_OUT, HELD_OUT + 3)], HELD_OUT)]
+
+
 def test_labels_are_dropped_where_a_part_has_none():
     sources = SOURCES | {"forward": Numbered(2, 30, labelled=False)}
     assert Mixture(backward=1, forward=1).open(sources, 8, SEED, 4)[0].batch(0).label is None
@@ -117,8 +157,13 @@ def test_labels_are_dropped_where_a_part_has_none():
 
 @pytest.mark.parametrize("weights", [{}, {"backward": -1, "forward": 2}])
 def test_bad_weights_are_refused(weights):
-    with pytest.raises(UserError, match=r"coupling=.*positive|backward=-1: a weight must be at least 0"):
+    with pytest.raises(UserError, match=r"^lrn\.coupling=.*positive|^lrn\.coupling\.backward=-1: a weight must be at least 0"):
         Mixture(**weights)
+
+
+def test_which_kinds_leave_the_pair_open():
+    assert Mixture(**dict.fromkeys(KINDS, 1)).stochastic == ["independent", "minibatch_ot"]
+    assert Mixture(backward=1, forward=1, projected=1, online=1).stochastic == []
 
 
 def points(n=30):
@@ -153,6 +198,54 @@ def test_cutting_a_batch_in_two_changes_nothing():
     whole = pairs.read(indices, 100)
     halves = [pairs.read(indices[:5], 100), pairs.read(indices[5:], 105)]
     assert torch.equal(torch.cat([half.x1 for half in halves]), whole.x1)
+
+
+def cost(x0, x1):
+    return (x0 - x1).double().square().sum().item()
+
+
+@pytest.mark.parametrize("n", range(1, 7))
+def test_the_assignment_is_the_best_of_all_permutations(n):
+    for seed in range(5):
+        x0, x1 = torch.randn(2, n, 2, 3, generator=torch.Generator().manual_seed(seed)) + 3
+        best = min(cost(x0, x1[list(order)]) for order in permutations(range(n)))
+        found = assignment(x0, x1)
+        assert sorted(found.tolist()) == list(range(n)) and cost(x0, x1[found]) == pytest.approx(best, rel=1e-6)
+
+
+def test_in_one_dimension_the_assignment_sorts():
+    x0, x1 = torch.randn(2, 500, 1)
+    assert torch.equal(x1[assignment(x0, x1)].argsort(0), x0.argsort(0))
+
+
+def test_the_assignment_costs_what_torchcfms_does():
+    """Its plan is sampled with replacement, ours is the plan itself: the cost of one pair is compared."""
+    sampler = pytest.importorskip("torchcfm.optimal_transport").OTPlanSampler(method="exact")
+    x0, x1 = torch.randn(2, 128, 3, 8, 8)
+    plan = torch.from_numpy(sampler.get_map(x0, x1))
+    theirs = (plan * torch.cdist(x0.flatten(1), x1.flatten(1)).square()).sum().item()
+    assert cost(x0, x1[assignment(x0, x1)]) / 128 == pytest.approx(theirs, rel=1e-5)
+
+
+def test_minibatch_ot_gives_each_image_noise_and_keeps_its_label():
+    """The same noise as without the assignment, in another order; fresh at each visit."""
+    pairs, plain = MinibatchOTPairs(points(), SEED), IndependentPairs(points(), SEED)
+    rows = np.random.default_rng(0).permutation(30)
+    batch, again = pairs.read(rows, 60), pairs.read(rows, 60)
+    assert torch.equal(batch.label, torch.from_numpy(rows)) and torch.equal(batch.x0, points().take(rows)[0])
+    assert torch.equal(batch.x1, again.x1) and not torch.isin(batch.x1, pairs.read(rows, 90).x1).any()
+    assert not torch.isin(batch.x1, plain.read(rows, 60).x1).any()  # side by side in a mixture, they draw apart
+    reordered = batch.x1[assignment(batch.x0, batch.x1)]
+    assert torch.equal(reordered, batch.x1)
+
+
+def test_minibatch_ot_shortens_the_way_and_keeps_the_noise_normal():
+    images = PointSet(0.5 * torch.randn(5000, 2), None, "points", "points")
+    train, _ = Mixture(minibatch_ot=1).open({"minibatch_ot": MinibatchOTPairs(images, SEED)}, 100, SEED, 10)
+    x0, x1 = (torch.cat(values) for values in zip(*(train.batch(step)[:2] for step in range(40)), strict=True))
+    assert x1.mean().item() == pytest.approx(0, abs=0.03) and x1.std().item() == pytest.approx(1, abs=0.02)
+    assert cost(x0, x1) / len(x0) < 0.5 * (2 * 0.25 + 2)  # independent: the sum of the variances; W2^2 of the laws is 0.5
+    assert cost(x0, x1) / len(x0) > 0.5
 
 
 def test_batches_drawn_ahead_are_the_same_in_and_out_of_order():

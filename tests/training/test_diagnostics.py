@@ -37,7 +37,7 @@ def module(weight, velocity=None):
 
 
 def measured(times, weight):
-    return by_time(module(weight), Heldout(), times)
+    return by_time(module(weight), Heldout(), times, {"independent": 32})
 
 
 def miss(t):
@@ -74,6 +74,15 @@ def test_relative_losses_average_to_one_over_all_times():
     values = measured(TIMES, PowerOfTime(1))
     means = [values[f"by_time/t{t:.3f}/relative_loss_mean"] for t in TIMES]
     assert sum(means) / len(means) == pytest.approx(1, rel=1e-5) and means[0] < 0.5 < 1.2 < means[2]
+
+
+def test_several_kinds_have_a_held_out_loss_each():
+    """The batch holds them one after the other."""
+    counts = {"backward": 20, "forward": 12}
+    values = by_time(module(PowerOfTime(1)), Heldout(), TIMES, counts)
+    raw = torch.stack([t**2 * miss(t).square().mean(1) for t in TIMES])
+    expected = {"backward": raw[:, :20].mean().item(), "forward": raw[:, 20:].mean().item()}
+    assert {kind: values[f"heldout_loss/{kind}"] for kind in counts} == pytest.approx(expected, rel=1e-4)
 
 
 def calibration(weight):

@@ -21,6 +21,7 @@ from reflow_lab.inf.solvers import Euler, Heun
 from reflow_lab.networks import files
 from reflow_lab.noise import normal
 from reflow_lab.training import train as training
+from reflow_lab.training.lifecycle import JSONLines
 from reflow_lab.training.module import FlowModule
 from reflow_lab.training.train import train
 from toy import SMALL, config, teacher_file
@@ -237,6 +238,59 @@ def test_divergence_ends_in_one_line_and_keeps_the_last_good_checkpoint(tmp_path
     checkpoint = torch.load(next(tmp_path.rglob("last.ckpt")), weights_only=True)
     assert checkpoint["global_step"] < STEPS and all(v.isfinite().all() for v in checkpoint["state_dict"].values())
     assert not any(tmp_path.rglob("done.json")) and not any(tmp_path.rglob("*.safetensors"))
+
+
+def mixed(tmp_path, teacher, *overrides):
+    """The run of a mixture: what it printed is the test's to read."""
+    words = ("teacher=run", f"teacher.path={teacher}", "training.total_kimg=0.64", "training.ema_halflives_mimg=[0.001]")
+    return train(config("train", tmp_path / "outputs", *QUICK, *words, *overrides))
+
+
+def test_the_mix_is_said_and_logged_and_the_held_out_loss_told_apart(tmp_path, teacher, capsys, monkeypatch):
+    monkeypatch.setattr(training, "loggers", lambda cfg, folder: [JSONLines(tmp_path / "another.jsonl")])
+    folder = mixed(tmp_path, teacher, "lrn.coupling.forward=3", "lrn.coupling.backward=1", "lrn.coupling.online=1")
+    assert capsys.readouterr().out.count("pairs in a batch of 32: 7 backward, 19 forward, 6 online\n") == 1
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    mix = {"step": 1, "mix/backward": 7 / 32, "mix/forward": 19 / 32, "mix/online": 6 / 32}
+    assert [line for line in lines if "mix/backward" in line] == [mix]
+    assert json.loads((tmp_path / "another.jsonl").read_text().splitlines()[0]) == mix
+    (heldout,) = [line for line in lines if "heldout_loss" in line]
+    parts = {kind: heldout[f"heldout_loss/{kind}"] for kind in ("backward", "forward", "online")}
+    assert len(set(parts.values())) == 3
+    weighted = (3 * parts["backward"] + 10 * parts["forward"] + 3 * parts["online"]) / 16
+    assert weighted == pytest.approx(heldout["heldout_loss"], rel=1e-5)
+
+
+def test_a_mix_is_logged_once_whatever_happens(tmp_path, monkeypatch, undisturbed):
+    """Started anew without a checkpoint, the first attempt's line is cut."""
+    with monkeypatch.context() as patch, pytest.raises(Accident):
+        watch_weights(patch, at_stop(fail))
+        train(config("train", tmp_path, *BASE))
+    folder = train(config("train", tmp_path, *BASE))
+    assert outcome(folder) == outcome(undisturbed)
+    assert [line["mix/independent"] for line in outcome(folder)[1] if "mix/independent" in line] == [1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kinds"),
+    [
+        (["lrn/coupling=minibatch_ot"], "minibatch_ot"),
+        (["lrn.coupling.independent=1", "lrn.coupling.minibatch_ot=1"], "independent and minibatch_ot"),
+        (["lrn/coupling=online"], None),
+        (["lrn/coupling=minibatch_ot", "dyn/weight=learned_normalisation"], None),
+    ],
+)
+def test_a_weight_that_biases_a_stochastic_coupling_warns(tmp_path, teacher, overrides, kinds, recwarn):
+    mixed(tmp_path, teacher, "dyn/weight=loss_normalisation", *overrides)
+    said = [str(w.message) for w in recwarn if "minimiser" in str(w.message)]
+    assert len(said) == (kinds is not None) and (not kinds or f"under {kinds} pairs; see dyn/weight=learned" in said[0])
+
+
+def test_few_step_samples_are_compared_with_the_pairs_image_only_where_there_is_one(tmp_path, teacher):
+    for coupling, paired in (("online", True), ("minibatch_ot", False)):
+        folder = mixed(tmp_path, teacher, f"lrn/coupling={coupling}", "trainer.few_step_every_kimg=0.32")
+        logged = (folder / "metrics.jsonl").read_text()
+        assert "few_step/nfe9/straightness" in logged and ("few_step/nfe9/paired_rmse" in logged) == paired
 
 
 @pytest.fixture

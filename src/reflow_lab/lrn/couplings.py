@@ -7,10 +7,11 @@ same batches. `Mixture` is what a configuration names; opened on its sources it 
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ..data.sets import SampleSet
@@ -18,7 +19,9 @@ from ..errors import require
 from ..noise import Indices, batch_indices, normal
 
 HELD_OUT = 2**48  #: where the noise of held-out images begins: training never comes so far
-KINDS = ("independent", "backward", "forward")  #: what a mixture may hold
+STOCHASTIC = ("independent", "minibatch_ot")  #: an image with fresh noise: x_t does not determine the pair
+STORED = ("backward", "forward", "projected")  #: kept in a store
+KINDS = (*STOCHASTIC, *STORED, "online")  #: what a mixture may hold
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
@@ -49,7 +52,7 @@ class Coupling(Protocol):
 
 
 class Pairs(Protocol):
-    """Random access to stored or derivable pairs: `PairStore`, or `IndependentPairs`."""
+    """Random access to pairs: stored ones (`PairStore`), images with fresh noise, or a teacher at work (`OnlinePairs`)."""
 
     def __len__(self) -> int: ...
 
@@ -62,6 +65,7 @@ class Pairs(Protocol):
 class IndependentPairs:
     """An image with fresh noise each time it is drawn: the coupling of a base flow."""
 
+    stream: ClassVar[str] = "coupling/independent"
     images: SampleSet
     seed: int
 
@@ -72,7 +76,31 @@ class IndependentPairs:
         """x1 is keyed by the sample's position in training, not by its image."""
         x0, label = self.images.take(indices)
         positions = np.arange(position, position + len(indices))
-        return Batch(x0, normal(self.seed, "coupling/independent", positions, self.images.shape), label).to(x0.device)
+        return Batch(x0, normal(self.seed, self.stream, positions, self.images.shape), label).to(x0.device)
+
+
+def assignment(x0: Tensor, x1: Tensor) -> Tensor:
+    """The permutation p, int64 (n,), that minimises sum_i ||x0_i - x1_p(i)||^2, for x0 and x1 (n, ...).
+
+    The squares do not depend on p, so it maximises the sum of the inner products. Exact (shortest augmenting paths), with
+    the matrix about 1 ms on one core at n = 128; at n = 512 about 50 ms for images and 150 ms for points in the plane.
+    """
+    gain = x0.flatten(1) @ x1.flatten(1).mT
+    return torch.from_numpy(linear_sum_assignment(gain.cpu().numpy(), maximize=True)[1])
+
+
+class MinibatchOTPairs(IndependentPairs):
+    """Images of a batch with the fresh noise that an optimal assignment gives each (Pooladian et al. 2023, Tong et al. 2024).
+
+    What is read together is assigned together: the global batch's share of this kind, and the held-out pairs among themselves.
+    """
+
+    stream: ClassVar[str] = "coupling/minibatch_ot"
+
+    def read(self, indices: Indices, position: int) -> Batch:
+        """Labels stay with their images; the cost is the squared distance."""
+        x0, x1, label = super().read(indices, position)
+        return Batch(x0, x1[assignment(x0, x1).to(x1.device)], label)
 
 
 @dataclass(frozen=True)
@@ -97,6 +125,20 @@ class Draws:
 
 
 @dataclass(frozen=True)
+class Fresh:
+    """A coupling that takes its pairs one after the other and none twice, `batch_size` a step, from `position` on."""
+
+    pairs: Pairs
+    batch_size: int
+    position: int = 0
+
+    def batch(self, step: int) -> Batch:
+        """See `Coupling`."""
+        first = self.position + step * self.batch_size
+        return self.pairs.read(np.arange(first, first + self.batch_size), first)
+
+
+@dataclass(frozen=True)
 class Mixed:
     """Several couplings side by side in one batch."""
 
@@ -104,7 +146,10 @@ class Mixed:
 
     def batch(self, step: int) -> Batch:
         """See `Coupling`; parts without labels must not meet parts with them."""
-        x0, x1, label = zip(*(part.batch(step) for part in self.parts), strict=True)
+        batches = [part.batch(step) for part in self.parts]
+        if len(batches) == 1:
+            return batches[0]
+        x0, x1, label = zip(*batches, strict=True)
         labels = None if any(y is None for y in label) else torch.cat(label)
         return Batch(torch.cat(x0), torch.cat(x1), labels)
 
@@ -146,12 +191,25 @@ class Mixture:
     The weights need not add up to one. A batch holds each kind in proportion, rounded to whole samples.
     """
 
-    def __init__(self, independent: float = 0, backward: float = 0, forward: float = 0) -> None:
-        given = dict(zip(KINDS, (independent, backward, forward), strict=True))
+    def __init__(
+        self,
+        independent: float = 0,
+        minibatch_ot: float = 0,
+        backward: float = 0,
+        forward: float = 0,
+        projected: float = 0,
+        online: float = 0,
+    ) -> None:
+        given = dict(zip(KINDS, (independent, minibatch_ot, backward, forward, projected, online), strict=True))
         for kind, weight in given.items():
-            require(weight >= 0, kind, weight, "a weight must be at least 0")
+            require(weight >= 0, f"lrn.coupling.{kind}", weight, "a weight must be at least 0")
         self.weights = {kind: weight for kind, weight in given.items() if weight > 0}
-        require(bool(self.weights), "coupling", given, f"at least one of {', '.join(KINDS)} must be positive")
+        require(bool(self.weights), "lrn.coupling", given, f"at least one of {', '.join(KINDS)} must be positive")
+
+    @property
+    def stochastic(self) -> list[str]:
+        """The kinds in it whose pairs x_t does not determine."""
+        return [kind for kind in self.weights if kind in STOCHASTIC]
 
     def require_room(self, sizes: Mapping[str, int], batch_size: int, num_heldout: int) -> None:
         """Raise a `UserError` if a batch would lack a kind, or hold more of one than its source has beside the held-out pairs."""
@@ -165,12 +223,15 @@ class Mixture:
 
     def open(self, sources: Mapping[str, Pairs], batch_size: int, seed: int, num_heldout: int) -> tuple[Coupling, Coupling]:
         """The coupling to train on and one of `num_heldout` pairs kept out of it (the last of every source)."""
-        self.require_room({kind: len(sources[kind]) for kind in self.weights}, batch_size, num_heldout)
+        sizes = {kind: len(sources[kind]) for kind in self.weights}
+        self.require_room(sizes, batch_size, num_heldout)
         counts, heldout = shares(self.weights, batch_size), shares(self.weights, num_heldout)
 
-        def draws(kind: str, count: int, first: int, size: int, position: int = 0) -> Draws:
+        def draws(kind: str, count: int, first: int, size: int, position: int = 0) -> Coupling:
+            if kind == "online":
+                return Fresh(sources[kind], count, position)
             return Draws(sources[kind], kind, count, seed, first, size, position)
 
-        train = [draws(k, c, 0, len(sources[k]) - heldout.get(k, 0)) for k, c in counts.items()]
-        held = [draws(k, c, len(sources[k]) - c, c, HELD_OUT) for k, c in heldout.items()]
+        train = [draws(k, c, 0, sizes[k] - heldout.get(k, 0)) for k, c in counts.items()]
+        held = [draws(k, c, sizes[k] - c, c, HELD_OUT) for k, c in heldout.items()]
         return Mixed(tuple(train)), Mixed(tuple(held))

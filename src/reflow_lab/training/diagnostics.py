@@ -1,6 +1,6 @@
 """What a researcher watches while a flow trains: losses and gradients by time, on pairs kept out of training."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -50,7 +50,15 @@ def at_time(module: FlowModule, batch: Batch, t: float) -> AtTime:
     return AtTime(raw, norms, {"calibration": (raw.clamp(min=LOSS_FLOOR).log() - expected).mean().item()})
 
 
-def by_time(module: FlowModule, heldout: Coupling, times: Sequence[float]) -> dict[str, float]:
+def by_kind(raw: Tensor, counts: Mapping[str, int]) -> dict[str, float]:
+    """`heldout_loss/KIND` for each of several kinds of pairs: raw, (times, n), holds counts[kind] samples of each, in order."""
+    if len(counts) < 2:
+        return {}
+    losses = torch.split(raw, list(counts.values()), dim=1)
+    return {f"heldout_loss/{kind}": loss.mean().item() for kind, loss in zip(counts, losses, strict=True)}
+
+
+def by_time(module: FlowModule, heldout: Coupling, times: Sequence[float], counts: Mapping[str, int]) -> dict[str, float]:
     """What `ByTime` logs: statistics of the held-out pairs at each of the times, and `heldout_loss`, the mean over all of them.
 
     `loss_mean` is the unweighted loss. `relative_loss`, a sample's loss over `heldout_loss`, shows how losses spread over time
@@ -59,8 +67,9 @@ def by_time(module: FlowModule, heldout: Coupling, times: Sequence[float]) -> di
     """
     batch = heldout.batch(0).to(module.device)
     found = {t: at_time(module, batch, t) for t in times}
-    mean = sum(raw.mean().item() for raw, _, _ in found.values()) / len(found)
-    logged = {"heldout_loss": mean}
+    losses = torch.stack([raw for raw, _, _ in found.values()])
+    mean = losses.mean().item()
+    logged = {"heldout_loss": mean} | by_kind(losses, counts)
     for t, (raw, gradient, more) in found.items():
         spread = summary("relative_loss", raw / max(mean, LOSS_FLOOR)) | summary("gradient", gradient)
         values = {"loss_mean": raw.mean().item()} | spread | more
@@ -68,11 +77,23 @@ def by_time(module: FlowModule, heldout: Coupling, times: Sequence[float]) -> di
     return logged
 
 
-class ByTime(L.Callback):
-    """Log `by_time` at the centre of each of `num_bins` bins of t, every `every_kimg`."""
+class Mix(L.Callback):
+    """Log once, after the first step, which share of a batch each kind of pair has: `mix/KIND`, adding up to 1."""
 
-    def __init__(self, heldout: Coupling, every_kimg: float, num_bins: int = 8) -> None:
-        self.heldout, self.every_kimg = heldout, every_kimg
+    def __init__(self, counts: Mapping[str, int]) -> None:
+        self.shares = {f"mix/{kind}": count / sum(counts.values()) for kind, count in counts.items()}
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Log if this was the first step: what a run that begins anew had logged by then is cut."""
+        for logger in trainer.loggers if trainer.global_step == 1 else ():
+            logger.log_metrics(self.shares, 1)
+
+
+class ByTime(L.Callback):
+    """Log `by_time` at the centre of each of `num_bins` bins of t, every `every_kimg`; `counts` is the mix of `heldout`."""
+
+    def __init__(self, heldout: Coupling, every_kimg: float, counts: Mapping[str, int], num_bins: int = 8) -> None:
+        self.heldout, self.every_kimg, self.counts = heldout, every_kimg, counts
         self.times = [(i + 0.5) / num_bins for i in range(num_bins)]
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
@@ -81,7 +102,7 @@ class ByTime(L.Callback):
         if not pl_module.crossed(self.every_kimg) and trainer.global_step < trainer.max_steps:
             return
         pl_module.velocity.eval()
-        logged = by_time(pl_module, self.heldout, self.times)
+        logged = by_time(pl_module, self.heldout, self.times, self.counts)
         pl_module.velocity.train()
         for logger in trainer.loggers:
             logger.log_metrics(logged, trainer.global_step)

@@ -18,11 +18,22 @@ from .. import parts
 from ..artifacts import Artifact, artifact
 from ..dyn.objective import Objective
 from ..errors import UserError, require
-from ..lrn import pairs
-from ..lrn.couplings import Coupling, IndependentPairs, Mixture, Pairs, Prefetched
+from ..lrn import online, pairs
+from ..lrn.couplings import (
+    HELD_OUT,
+    STOCHASTIC,
+    STORED,
+    Coupling,
+    IndependentPairs,
+    MinibatchOTPairs,
+    Mixture,
+    Pairs,
+    Prefetched,
+    shares,
+)
 from ..networks import files
 from ..networks.precision import InPrecision
-from .diagnostics import ByTime
+from .diagnostics import ByTime, Mix
 from .ema import EMA
 from .few_step import FewStep
 from .lifecycle import Checkpoints, DurableCheckpoints, JSONLines, Report, Steps
@@ -53,13 +64,15 @@ def plan(cfg: DictConfig) -> Artifact:
     mixture = instantiate(cfg.lrn.coupling)
     kinds = mixture.weights if cfg.training.total_kimg else {}
     require_labels(cfg, kinds)
+    stores = {kind: pairs.plan(cfg, kind) for kind in kinds if kind in STORED}
+    drawn = {"online": online.recipe(cfg)} if "online" in kinds else {}
     inputs: dict[str, Any] = {
         "data": source.split("train").content_hash,
-        "pairs": {kind: pairs.plan(cfg, kind).key for kind in kinds if kind != "independent"},
+        "pairs": {kind: store.key for kind, store in stores.items()} | drawn,
         "start": None if cfg.training.start == "scratch" else files.weights_hash(start_file(cfg)),
     }
     if cfg.training.total_kimg:
-        require_steps(cfg, mixture)
+        require_steps(cfg, mixture, {kind: store.recipe["count"] for kind, store in stores.items()})
     if cfg.training.start != "scratch":
         require_same_net(cfg, start_file(cfg), start_key(cfg))
     config = {key: parts.plain(cfg[key]) for key in CONFIG_KEYS}
@@ -67,21 +80,20 @@ def plan(cfg: DictConfig) -> Artifact:
     return artifact(cfg.outputs, "train", VERSION, config=config, inputs=inputs)
 
 
-def require_steps(cfg: DictConfig, mixture: Mixture) -> None:
-    """Raise a `UserError` if training would have no step, or no full batch of some kind of pair."""
+def require_steps(cfg: DictConfig, mixture: Mixture, stored: dict[str, int]) -> None:
+    """Raise a `UserError` if training would have no step, or no full batch of some kind of pair, of which so many are stored."""
     options = cfg.training
     none = f"is no step at all: a batch has {options.batch_size} samples (0 keeps the starting weights)"
     require(steps(cfg) > 0, "training.total_kimg", options.total_kimg, none)
-    sizes = {kind: cfg.pairs[f"num_{kind}"] for kind in ("backward", "forward")}
-    sizes["independent"] = len(parts.data_source(cfg).split("train"))
-    mixture.require_room(sizes, options.batch_size, options.num_heldout)
+    from_data = dict.fromkeys(STOCHASTIC, len(parts.data_source(cfg).split("train")))
+    mixture.require_room({**stored, **from_data, "online": HELD_OUT}, options.batch_size, options.num_heldout)
 
 
 def require_labels(cfg: DictConfig, kinds: Iterable[str]) -> None:
     """Raise a `UserError` if the network is conditional and a kind of pair does not bring its classes."""
     classes = parts.net_classes(cfg)
     for kind in kinds if classes else ():
-        found = parts.data_source(cfg).num_classes if kind == "independent" else parts.teacher(cfg).num_classes
+        found = parts.data_source(cfg).num_classes if kind in STOCHASTIC else parts.teacher(cfg).num_classes
         require(found == classes, "net.network.num_classes", classes, f"{kind} pairs come with {found} classes")
 
 
@@ -124,12 +136,18 @@ def leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield from leaves(f"{name}.{key}", item)
 
 
-def sources(cfg: DictConfig, kinds: dict[str, float]) -> dict[str, Pairs]:
+def sources(cfg: DictConfig, kinds: Iterable[str]) -> dict[str, Pairs]:
     """Every kind of pair that the coupling asks for, its store generated first where it is missing."""
     images = parts.data_source(cfg).split("train").to(parts.device(cfg))
-    stored = (kind for kind in kinds if kind != "independent")
-    made: dict[str, Pairs] = {kind: replace(pairs.ensure(cfg, kind), images=images) for kind in stored}
-    return made | {"independent": IndependentPairs(images, cfg.seed)} if "independent" in kinds else made
+
+    def source(kind: str) -> Pairs:
+        if kind in STORED:
+            return replace(pairs.ensure(cfg, kind), images=images)
+        if kind == "online":
+            return online.open_online(cfg)
+        return (MinibatchOTPairs if kind == "minibatch_ot" else IndependentPairs)(images, cfg.seed)
+
+    return {kind: source(kind) for kind in kinds}
 
 
 def steps(cfg: DictConfig) -> int:
@@ -154,8 +172,7 @@ def optimise(cfg: DictConfig, folder: Path, network: nn.Module, ema: EMA, total:
     device = parts.device(cfg).type
     # one by one: instantiated together, OmegaConf would take the dataclasses among them for configurations
     objective = Objective(instantiate(cfg.dyn.time), instantiate(cfg.dyn.metric), instantiate(cfg.dyn.weight))
-    if "independent" in mixture.weights and not objective.theory_preserving:
-        warnings.warn(f"{BIASED} lrn/coupling=independent; see dyn/weight=learned_normalisation", stacklevel=1)
+    counts = announced(mixture, objective, options.batch_size)
     velocity = prepared(network, cfg)
     names = ("batch_size", "lr", "betas", "warmup_kimg", "gradient_clip")
     drawn = Prefetched(coupling) if device == "cuda" else coupling
@@ -171,6 +188,7 @@ def optimise(cfg: DictConfig, folder: Path, network: nn.Module, ema: EMA, total:
             *more,
             instantiate(cfg.lrn.dropout),
             ema,
+            Mix(counts),
             *watchers(cfg, folder, heldout),
             Checkpoints(checkpoint, cfg.trainer.checkpoint_every_s),
         ],  # the last holds what the others did
@@ -188,13 +206,23 @@ def optimise(cfg: DictConfig, folder: Path, network: nn.Module, ema: EMA, total:
         raise KeyboardInterrupt
 
 
+def announced(mixture: Mixture, objective: Objective, batch_size: int) -> dict[str, int]:
+    """How many pairs of each kind a batch holds, said in a line; warns where the objective does not suit them."""
+    if mixture.stochastic and not objective.theory_preserving:
+        kinds = " and ".join(mixture.stochastic)
+        warnings.warn(f"{BIASED} {kinds} pairs; see dyn/weight=learned_normalisation", stacklevel=1)
+    counts = shares(mixture.weights, batch_size)
+    print(f"pairs in a batch of {batch_size}: {', '.join(f'{count} {kind}' for kind, count in counts.items())}")
+    return counts
+
+
 def watchers(cfg: DictConfig, folder: Path, heldout: Coupling) -> list[L.Callback]:
     """What looks on while the flow trains: losses by time (DYN), few-step samples (INF), bar and log."""
-    options = cfg.trainer
+    options, mixture = cfg.trainer, instantiate(cfg.lrn.coupling)
     sampling = {"solver": instantiate(cfg.inf.solver), "grid": instantiate(cfg.inf.grid), "nfe": cfg.nfe, "t_max": cfg.t_max}
-    paired = "independent" not in instantiate(cfg.lrn.coupling).weights
+    counts, paired = shares(mixture.weights, cfg.training.num_heldout), not mixture.stochastic
     return [
-        ByTime(heldout, options.diagnostics_every_kimg),
+        ByTime(heldout, options.diagnostics_every_kimg, counts),
         FewStep(heldout, **sampling, every_kimg=options.few_step_every_kimg, paired=paired, picture_path=folder / "few_step.png"),
         Report(cfg.name or folder.name, options.log_every_kimg),
     ]
@@ -252,16 +280,21 @@ def checkpoint_step(path: Path) -> int:
 
 def write_weights(cfg: DictConfig, folder: Path, network: nn.Module, ema: EMA) -> None:
     """Every profile as safetensors under weights/: the raw weights first, each average after them."""
-    description = {
+    about = description(cfg)
+    (folder / "weights").mkdir(exist_ok=True)
+    network.to("cpu")
+    files.save(network, folder / "weights" / "raw.safetensors", {**about, "profile": "raw"})
+    for name in ema.averages:
+        ema.copy_to(name, network)
+        files.save(network, folder / "weights" / f"{name}.safetensors", {**about, "profile": name})
+
+
+def description(cfg: DictConfig) -> dict[str, Any]:
+    """What a run's weight files say of themselves, by which they can be a teacher."""
+    return {
         "net": parts.plain(cfg.net),
         "shape": list(parts.sample_shape(parts.data_source(cfg))),
         "num_classes": parts.net_classes(cfg),
         "t_max": cfg.t_max,
         "kimg": cfg.training.total_kimg,
     }
-    (folder / "weights").mkdir(exist_ok=True)
-    network.to("cpu")
-    files.save(network, folder / "weights" / "raw.safetensors", {**description, "profile": "raw"})
-    for name in ema.averages:
-        ema.copy_to(name, network)
-        files.save(network, folder / "weights" / f"{name}.safetensors", {**description, "profile": name})
