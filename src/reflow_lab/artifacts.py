@@ -156,8 +156,10 @@ class Artifact:
             yield
 
     def begin(self) -> None:
-        """Write the recipe and the code's version into the folder; a folder of another recipe is refused."""
+        """Write the recipe and the code's version into the folder, whose lock we hold; a folder of another recipe is refused."""
         self.require_recipe()
+        for leftover in self.folder.glob(".*.json.*.tmp"):  # of a process that was killed
+            leftover.unlink()
         write_json(self.folder / "recipe.json", self.recipe)
         write_json(self.folder / "version.json", {"reflow_lab": reflow_lab.__version__})
 

@@ -5,7 +5,6 @@ the turns, ratios of medians with 95 % intervals (bootstrap over rounds), and ra
 comes every few hundred steps or more rarely, diagnostics and checkpoints, does not show in a median.
 """
 
-import argparse
 import contextlib
 import importlib.metadata
 import importlib.util
@@ -19,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -30,7 +29,8 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from . import parts
-from .errors import UserError, require
+from .arguments import Parser
+from .errors import require
 from .flow import T_MAX, MeanVelocity, interpolate
 from .inf.grids import Uniform
 from .inf.sampler import sample, sampling_times
@@ -81,14 +81,6 @@ def main(argv: Sequence[str]) -> None:
     print(text)
     if args.out:
         args.out.write_text(text + "\n")
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, as the other verbs' are."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise a `UserError`."""
-        raise UserError(f"bench: {message}")
 
 
 def parser() -> Parser:

@@ -36,10 +36,11 @@ class Verb:
 VERBS = {
     "train": Verb("reflow_lab.training.train:train", "train a base flow or a ReFlow; the same command again resumes"),
     "pairs": Verb("reflow_lab.lrn.pairs:pairs", "draw pairs of noise and image from a velocity into a pair store"),
+    "store": Verb("reflow_lab.lrn.inspection:main", "look into a pair store: info, verify, diagnose", is_hydra=False),
     "evaluate": Verb("reflow_lab.evaluation.evaluate:evaluate", "measure a trained flow at few steps"),
     "sample": Verb("reflow_lab.inf.sample:sample", "draw images from a trained flow"),
     "study": Verb("reflow_lab.studies.study:study", "run every row of a study and print its table"),
-    "bench": Verb("reflow_lab.bench:main", "time training and sampling against bare loops", is_hydra=False),
+    "bench": Verb("reflow_lab.bench:main", "time training, sampling and pairs against bare loops", is_hydra=False),
 }
 
 EXAMPLES = """\

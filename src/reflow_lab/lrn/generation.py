@@ -59,9 +59,10 @@ class Shards:
         return self.folder / f".{shard_name(number)}.sha256"
 
     def is_there(self, number: int) -> bool:
-        """Whether a shard was written whole."""
+        """Whether a shard was written whole; of a finished store all are, and their marks are gone."""
         path, least = self.path(number), len(self.indices(number)) * self.bytes_per_pair
-        return self.mark(number).exists() and path.exists() and path.stat().st_size >= least
+        marked = self.mark(number).exists() or (self.folder / "done.json").exists()  # in this order: marks go after it came
+        return marked and path.exists() and path.stat().st_size >= least
 
     @property
     def bytes_per_pair(self) -> int:

@@ -1,0 +1,301 @@
+"""Generation by processes that are killed, that work side by side, and on disks that are full: real processes, real signals."""
+
+import multiprocessing
+import os
+import resource
+import shutil
+import time
+from collections import namedtuple
+
+import numpy as np
+import pytest
+import torch
+
+from reflow_lab import parts
+from reflow_lab.artifacts import artifact
+from reflow_lab.errors import UserError
+from reflow_lab.lrn import generation, pairs
+from reflow_lab.lrn.generation import Shards, conditions, fill
+from reflow_lab.lrn.store import PairStore, shard_name
+from toy import config, teacher_file
+
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["reflow_lab.lrn.pairs", "reflow_lab.training.train", "toy"])
+RECIPE = {"kind": "backward", "half": "x0", "count": 100, "shape": [3], "num_classes": 0, "seed": 5}
+RECIPE |= {"batch_size": 5, "shard_size": 10, "dtype": "float32", "flips": False, "start_noise": False}
+CPU = torch.device("cpu")
+
+
+def made(outputs, **more):
+    return artifact(outputs, "pairs", 2, **{**RECIPE, **more})
+
+
+def draw(indices):
+    for chunk in np.split(indices, range(5, len(indices), 5)):
+        yield torch.from_numpy(chunk)[:, None] / torch.tensor([1.0, 2.0, 3.0])
+
+
+def slowly(indices):
+    for values in draw(indices):
+        time.sleep(0.06)
+        yield values
+
+
+def run(outputs, how=draw, numbers=None):
+    torch.set_num_threads(1)
+    return fill(made(outputs), how, conditions(CPU), numbers)
+
+
+def files_of(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir() if not p.name.startswith(".")}
+
+
+def undisturbed(tmp_path):
+    assert run(tmp_path / "undisturbed")
+    return files_of(made(tmp_path / "undisturbed").folder)
+
+
+def test_every_pair_is_drawn_once_in_its_place(tmp_path):
+    whole = undisturbed(tmp_path)
+    store = PairStore(made(tmp_path / "undisturbed").folder)
+    expected = torch.arange(100)[:, None] / torch.tensor([1.0, 2.0, 3.0])
+    assert torch.equal(store.stored(np.arange(100)), expected)
+    assert set(whole) == {
+        *map(shard_name, range(10)),
+        "manifest.json",
+        "recipe.json",
+        "made_by.json",
+        "version.json",
+        "done.json",
+    }
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path, seed):
+    expected, rng = undisturbed(tmp_path), np.random.default_rng(seed)
+    outputs, killed = tmp_path / "killed", 0
+    for _ in range(6):
+        process = processes.Process(target=run, args=(outputs, slowly))
+        process.start()
+        process.join(rng.uniform(0.02, 0.2))
+        killed += process.is_alive()
+        process.kill()
+        process.join()
+    before = len(list(made(outputs).folder.glob("shard-*.npy")))
+    assert killed >= 3 and not made(outputs).is_done()
+    assert run(outputs)
+    assert files_of(made(outputs).folder) == expected and before < 10
+    assert [p.name for p in made(outputs).folder.glob(".*")] == [".lock"]
+
+
+def test_killed_between_a_shard_and_its_mark_draws_it_again(tmp_path):
+    expected = undisturbed(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", interrupted)
+    folder = made(tmp_path / "killed").folder
+    marks = sorted(folder.glob(".shard-*.sha256"))
+    assert len(marks) == 3
+    marks[1].unlink()
+    (folder / ".shard-00003.npy.elsewhere.1.tmp").write_bytes(b"half of it")
+    assert run(tmp_path / "killed") and files_of(folder) == expected
+    assert not list(folder.glob("*.tmp"))
+
+
+def interrupted(indices):
+    if indices[0] == 30:
+        raise KeyboardInterrupt
+    return draw(indices)
+
+
+def test_two_processes_share_the_shards_and_write_the_bytes_of_one(tmp_path):
+    expected, outputs = undisturbed(tmp_path), tmp_path / "shared"
+    both = [processes.Process(target=logged, args=(outputs, tmp_path / name)) for name in ("a", "b")]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(60)
+        assert process.exitcode == 0
+    assert files_of(made(outputs).folder) == expected
+    drawn = [(tmp_path / name).read_text().split() for name in ("a", "b")]
+    assert sorted(sum(drawn, []), key=int) == [str(10 * i) for i in range(10)] and all(drawn)  # each shard once, both at work
+
+
+def logged(outputs, log):
+    log.touch()
+
+    def drawing(indices):
+        with log.open("a") as file:
+            file.write(f"{indices[0]} ")
+        time.sleep(0.1)
+        return draw(indices)
+
+    run(outputs, drawing)
+
+
+def test_a_job_array_makes_its_ranges_and_the_last_one_finishes(tmp_path):
+    expected, outputs = undisturbed(tmp_path), tmp_path / "array"
+    assert not run(outputs, numbers=range(4, 10)) and len(list(made(outputs).folder.glob("shard-*.npy"))) == 6
+    assert not made(outputs).is_done()
+    assert run(outputs, numbers=range(0, 4)) and files_of(made(outputs).folder) == expected
+    with pytest.raises(UserError, match=r"pairs\.shards=10: the store has the shards 0 to 9"):
+        run(tmp_path / "other", numbers=range(8, 12))
+
+
+def test_ranks_begin_at_different_shards(tmp_path, monkeypatch):
+    order = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    run(tmp_path, lambda indices: order.append(int(indices[0])) or draw(indices))
+    assert order == [50, 60, 70, 80, 90, 0, 10, 20, 30, 40]
+
+
+def test_the_threads_of_the_first_process_are_adopted_and_put_back(tmp_path):
+    begun = {**conditions(CPU), "threads": 2}
+    seen = []
+    with pytest.raises(KeyboardInterrupt):
+        fill(made(tmp_path), interrupted, begun)
+    fill(made(tmp_path), lambda indices: seen.append(torch.get_num_threads()) or draw(indices), conditions(CPU))
+    assert set(seen) == {2} and torch.get_num_threads() == 1
+    assert PairStore(made(tmp_path).folder).manifest["made_by"]["threads"] == 2
+
+
+def test_another_device_type_is_refused_and_another_version_warned_of(tmp_path, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        fill(made(tmp_path), interrupted, {**conditions(CPU), "device": "cuda", "torch": "1.0"})
+    with pytest.raises(UserError, match=r"trainer\.accelerator=cpu: .* was begun on cuda"):
+        run(tmp_path)
+    path = made(tmp_path).folder / "made_by.json"
+    path.write_text(path.read_text().replace('"cuda"', '"cpu"'))
+    assert run(tmp_path)
+    assert "begun with torch 1.0, continued with" in capsys.readouterr().err
+
+
+def test_a_disk_without_room_is_refused_before_the_work(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1199))
+    with pytest.raises(UserError, match=r"0\.000 GB are needed for the missing pairs, 0\.000 GB are free"):
+        run(tmp_path, None)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1200))
+    assert run(tmp_path)
+
+
+def with_small_files(outputs, queue):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))  # a shard of 24,000 bytes does not fit
+    torch.set_num_threads(1)
+    try:
+        fill(made(outputs, shape=[600]), lambda i: iter([torch.zeros(len(i), 600)]), conditions(CPU), range(1))
+    except UserError as error:
+        queue.put(str(error))
+
+
+def test_a_disk_that_fills_up_stops_the_work_and_spares_what_is_there(tmp_path):
+    recipe = made(tmp_path, shape=[600])
+    fill(recipe, lambda i: iter([torch.zeros(len(i), 600)]), conditions(CPU), range(1, 3))
+    queue = processes.SimpleQueue()
+    process = processes.Process(target=with_small_files, args=(tmp_path, queue))
+    process.start()
+    process.join(60)
+    said = queue.get()
+    assert f"{recipe.folder}/shard-00000.npy: cannot be written" in said and "\n" not in said
+    assert "the same command goes on" in said and "0.000 GB are needed" in said
+    assert sorted(p.name for p in recipe.folder.glob("shard*")) == ["shard-00001.npy", "shard-00002.npy"]
+    assert not list(recipe.folder.glob(".*.tmp"))
+    assert fill(recipe, lambda i: iter([torch.zeros(len(i), 600)]), conditions(CPU))
+
+
+def test_what_is_not_finite_is_not_written(tmp_path):
+    with pytest.raises(UserError, match="NaN or infinite values among pairs 5 to 9; no shard"):
+        run(tmp_path, lambda indices: (v.where(v[:, :1] < 5, torch.nan) for v in draw(indices)))
+    assert not list(made(tmp_path).folder.glob("shard*"))
+
+
+def test_ahead_keeps_the_order_and_raises_where_it_should():
+    assert list(generation.ahead(iter(range(20)))) == list(range(20)) and list(generation.ahead(iter(()))) == []
+
+    def failing():
+        yield 1
+        raise ValueError("second")
+
+    items = generation.ahead(failing())
+    with pytest.raises(ValueError, match="second"):
+        list(items)
+
+
+def test_sizes_and_names_of_shards(tmp_path):
+    shards = Shards(tmp_path, 25, 10, (3, 2), "float16")
+    assert len(shards) == 3 and shards.indices(2).tolist() == [20, 21, 22, 23, 24] and shards.bytes_per_pair == 12
+    assert shards.missing() == [0, 1, 2] and shards.num_pairs([0, 2]) == 15
+
+
+def make_toy(outputs, teacher):
+    torch.set_num_threads(1)
+    pairs.pairs(config("pairs", outputs, "teacher=run", f"teacher.path={teacher}", "pairs.num_backward=960", "pairs.nfe=99"))
+
+
+def test_the_verb_killed_and_restarted_makes_the_same_store(tmp_path):
+    teacher = teacher_file(tmp_path / "teacher.safetensors", exact=False)
+    rng, killed = np.random.default_rng(1), 0
+    for _ in range(4):
+        process = processes.Process(target=make_toy, args=(tmp_path / "killed", teacher))
+        process.start()
+        process.join(rng.uniform(0.1, 0.5))
+        killed += process.is_alive()
+        process.kill()
+        process.join()
+    make_toy(tmp_path / "killed", teacher)
+    make_toy(tmp_path / "whole", teacher)
+    (a,), (b,) = (list((tmp_path / name / "pairs").iterdir()) for name in ("killed", "whole"))
+    assert killed and a.name == b.name and files_of(a) == files_of(b) and len(files_of(a)) == 24 + 5
+
+
+def test_a_folder_of_ones_own_and_what_else_lies_in_it(tmp_path):
+    teacher = teacher_file(tmp_path / "teacher.safetensors")
+    other = teacher_file(tmp_path / "other.safetensors", exact=False)
+    words = ["teacher=run", f"teacher.path={teacher}", f"pairs.folder={tmp_path / 'mine'}"]
+    folder = pairs.pairs(config("pairs", tmp_path / "outputs", *words))
+    assert folder == tmp_path / "mine" / "backward" and not (tmp_path / "outputs").exists()
+    assert pairs.pairs(config("pairs", tmp_path / "outputs", *words)) == folder
+    hashes = [parts.teacher(config("pairs", tmp_path, "teacher=run", f"teacher.path={path}")).hash for path in (teacher, other)]
+    cases = {
+        f"teacher.path={other}": f"teacher: {hashes[0]} there, {hashes[1]} here",
+        "pairs.nfe=11": "nfe: 9 there, 11 here",
+        "pairs.num_backward=97": "count: 96 there, 97 here",
+    }
+    for override, said in cases.items():
+        with pytest.raises(UserError, match=rf"{folder}: holds something else: {said}"):
+            pairs.pairs(config("pairs", tmp_path / "outputs", *words, override))
+    cfg = config("pairs", tmp_path / "outputs", *words)
+    assert pairs.ensure(cfg, "backward", num_pairs=8, seed=3).folder.parent == tmp_path / "outputs" / "pairs"
+
+
+def test_a_store_of_another_shape_is_refused(tmp_path):
+    words = ["teacher=run", f"teacher.path={teacher_file(tmp_path / 'teacher.safetensors')}", f"pairs.folder={tmp_path / 'mine'}"]
+    folder = pairs.pairs(config("pairs", tmp_path, *words))
+    wide = ["data.dim=3", f"pairs.folder={tmp_path / 'mine'}"]
+    three = config("pairs", tmp_path, *wide, "teacher=run", f"teacher.path={wide_teacher(tmp_path)}")
+    with pytest.raises(UserError, match=rf"{folder}: holds something else: shape: \[2\] there, \[3\] here"):
+        pairs.pairs(three)
+
+
+def wide_teacher(tmp_path):
+    from hydra.utils import instantiate
+
+    from reflow_lab.networks import files
+
+    cfg = config("train", tmp_path, "teacher=none", "data.dim=3")
+    path = tmp_path / "wide.safetensors"
+    files.save(instantiate(cfg.net), path, {"net": parts.plain(cfg.net), "shape": [3], "num_classes": 0, "t_max": 80 / 81})
+    return path
+
+
+def test_the_environment_tells_the_rank(monkeypatch):
+    from reflow_lab import parallel
+
+    assert (parallel.rank(), parallel.world_size()) == (0, 1)
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    assert (parallel.rank(), parallel.world_size()) == (3, 8)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert (parallel.rank(), parallel.world_size()) == (1, 2)
+    assert os.environ["RANK"] == "1"
