@@ -45,6 +45,28 @@ def test_sample_reports_every_contender(capsys):
     assert "over_bare" not in found["free_field"]["bare"]
 
 
+def test_pairs_reports_drawing_reading_and_memory(capsys):
+    found = output(capsys, "pairs", "--quick", "--device", "cpu", "--repeats", "1")
+    drawn = found["generation"]
+    assert drawn["ours_pairs_per_s"] / drawn["bare_pairs_per_s"] == pytest.approx(drawn["throughput"])
+    assert 0 < drawn["low"] <= drawn["throughput"] <= drawn["high"]
+    assert set(found["stores"]) == {"10000", "20000"}
+    for store in found["stores"].values():
+        assert store["open_s"] < 60 and store["read_per_s"] > 100 and 10 < store["anonymous_mb"] < 5000
+    rounding = found["rounding"]
+    assert rounding["float32"]["largest"] == 0 < rounding["float16"]["rms"] < rounding["uint8"]["rms"]
+    assert found["targets"]["throughput"] == 0.98
+
+
+def test_a_large_store_wants_room(monkeypatch, capsys):
+    from reflow_lab import bench_pairs
+
+    usage = type("usage", (), {"free": 3_000_000_000})
+    monkeypatch.setattr(bench_pairs.shutil, "disk_usage", lambda path: usage)
+    assert cli.main(["bench", "pairs"]) == 2
+    assert "3.1 GB are needed, 3.0 GB are free; TMPDIR names another folder" in capsys.readouterr().err
+
+
 def test_ways_do_the_same_work():
     velocity, x1 = CountCalls(lambda x, t, s=None, **_: t.expand(len(x))[:, None] * x.sin()), torch.randn(5, 3)
     ways = bench.ways(velocity, x1, {"euler": Euler(), "heun": Heun(), "dpm": DPM()}, nfe=7)

@@ -1,4 +1,4 @@
-"""The verb `bench`: what our training step and our sampler cost beside bare loops around the same network.
+"""The verb `bench`: what our training step, our sampler and our pairs cost beside bare loops around the same network.
 
 The contenders take turns in one process, so that whatever slows the machine slows all of them. Reported are medians over
 the turns, ratios of medians with 95 % intervals (bootstrap over rounds), and ratios of minima, which noise moves least. What
@@ -62,13 +62,28 @@ class Sizes:
     nfe: int = 9
     free_steps: int = 100
     num_pairs: int = 1024
+    teacher_nfe: int = 35
+    num_stored: int = 1_000_000
+    read_s: float = 10.0
 
 
-QUICK = Sizes(repeats=2, train_batch=8, train_steps=1, toy_steps=2, sample_batch=2, nfe=3, free_steps=5, num_pairs=96)
+QUICK = Sizes(
+    repeats=2,
+    train_batch=8,
+    train_steps=1,
+    toy_steps=2,
+    sample_batch=2,
+    nfe=3,
+    free_steps=5,
+    num_pairs=96,
+    teacher_nfe=3,
+    num_stored=20_000,
+    read_s=0.2,
+)
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run `bench train` or `bench sample` and print what it found as JSON."""
+    """Run `bench train`, `bench sample` or `bench pairs` and print what it found as JSON."""
     args = parser().parse_args(argv)
     require(args.device != "cuda" or torch.cuda.is_available(), "--device", "cuda", "no CUDA device here; allowed: auto, cpu")
     require(args.repeats is None or args.repeats >= 1, "--repeats", args.repeats, "must be at least 1")
@@ -85,8 +100,8 @@ def main(argv: Sequence[str]) -> None:
 
 def parser() -> Parser:
     """The words of the verb."""
-    made = Parser(prog="reflow-lab bench", description="Time training or sampling against bare loops; JSON on stdout.")
-    made.add_argument("what", choices=list(BENCHES), help="our training step, or our sampler")
+    made = Parser(prog="reflow-lab bench", description="Time training, sampling or pairs against bare loops; JSON on stdout.")
+    made.add_argument("what", choices=list(BENCHES), help="our training step, our sampler, or the pair store")
     made.add_argument("--repeats", type=int, help=f"turns of each contender (default {Sizes.repeats})")
     made.add_argument("--device", choices=list(ACCELERATORS), default="auto")
     made.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works: the figures mean nothing")
@@ -120,7 +135,18 @@ def bench_sample(device: str, sizes: Sizes) -> dict[str, Any]:
     return {"machine": machine(cfg), "batch_size": len(x1), "quickstart": network, "free_field": free}
 
 
-BENCHES: dict[str, Callable[[str, Sizes], dict[str, Any]]] = {"train": bench_train, "sample": bench_sample}
+def bench_pairs(device: str, sizes: Sizes) -> dict[str, Any]:
+    """Drawing pairs against the solver alone, and reading a large store at random."""
+    from .bench_pairs import measure  # which builds on this module
+
+    return measure(device, sizes)
+
+
+BENCHES: dict[str, Callable[[str, Sizes], dict[str, Any]]] = {
+    "train": bench_train,
+    "sample": bench_sample,
+    "pairs": bench_pairs,
+}
 
 
 def configured(overrides: Sequence[str], device: str, sizes: Sizes) -> DictConfig:

@@ -117,7 +117,7 @@ def test_two_processes_share_the_shards_and_write_the_bytes_of_one(tmp_path):
         assert process.exitcode == 0
     assert files_of(made(outputs).folder) == expected
     drawn = [(tmp_path / name).read_text().split() for name in ("a", "b")]
-    assert sorted(sum(drawn, []), key=int) == [str(10 * i) for i in range(10)] and all(drawn)  # each shard once, both at work
+    assert sorted(drawn[0] + drawn[1], key=int) == [str(10 * i) for i in range(10)] and all(drawn)  # each shard once, both at work
 
 
 def logged(outputs, log):
