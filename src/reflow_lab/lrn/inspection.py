@@ -157,7 +157,7 @@ def with_images(store: PairStore) -> tuple[PairStore, str]:
 def images_of(about: dict[str, Any]) -> SampleSet:
     """The training images of a manifest's data set; raises a `UserError` if they are missing or others."""
     data = about["made_by"]["data"]
-    require(str(data["_target_"]).startswith(DATA), "manifest.json: data", data["_target_"], f"may name only {DATA}*")
+    require(files.is_own(str(data["_target_"]), DATA), "manifest.json: data", data["_target_"], f"may name only {DATA}*")
     images: SampleSet = instantiate(data).split("train")
     require(
         images.content_hash == about["data"], "data", data["_target_"], "is no longer the data that these pairs were made from"

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from hydra.utils import instantiate
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ..artifacts import Artifact, file_hash, write_atomically
 from ..errors import UserError, bad_value
@@ -61,13 +62,13 @@ def find(source: str | Path, profile: str | None = None) -> Path:
     return files[name]
 
 
-def is_own(target: str) -> bool:
-    """Whether a `_target_` is a class that reflow_lab.networks itself defines.
+def is_own(target: str, package: str = NETWORKS) -> bool:
+    """Whether a `_target_` is a class that a package of ours, by default reflow_lab.networks, itself defines.
 
     Its beginning alone shows nothing: `reflow_lab.networks.unet.torch.os.system` would run any command.
     """
     module, _, name = target.rpartition(".")
-    if not module.startswith(NETWORKS):
+    if not module.startswith(package):
         return False
     try:
         found = getattr(importlib.import_module(module), name, None)
@@ -92,12 +93,17 @@ def load_into(network: nn.Module, path: Path, key: str = "path") -> None:
     describe(path)
     with safe_open(path, "pt") as file:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    require_fit(network, state, key, path)
+    network.load_state_dict(state)
+
+
+def require_fit(network: nn.Module, state: Mapping[str, Tensor], key: str, value: object) -> None:
+    """Raise a `UserError` that lists at most ten tensors if names or shapes of a state are not the network's."""
     own = network.state_dict()
     differing = sorted(n for n in {*own, *state} if n not in own or n not in state or own[n].shape != state[n].shape)
     if differing:
         shown = ", ".join(differing[:10]) + (", ..." if len(differing) > 10 else "")
-        raise bad_value(key, path, f"these weights do not fit the network; {len(differing)} tensors differ: {shown}")
-    network.load_state_dict(state)
+        raise bad_value(key, value, f"these weights do not fit the network; {len(differing)} tensors differ: {shown}")
 
 
 def weights_hash(path: Path) -> str:
