@@ -1,7 +1,10 @@
 """Embeddings of time and class label."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..flow import T_CLAMP
 
 
 class FourierTime(nn.Module):
@@ -35,3 +38,53 @@ class Conditioning(nn.Module):
         """The embedding (n, dim)."""
         embedding = self.time(t)
         return embedding if self.label is None else embedding + self.label(label)
+
+
+def c_noise(t: Tensor) -> Tensor:
+    """EDM's noise label ln(sigma) / 4 at sigma = t / (1 - t) (arXiv 2206.00364, table 1); t (n,) in [0, 1], float64 (n,).
+
+    It is infinite at both ends, so times within T_CLAMP of an end, where no training comes, count as T_CLAMP and 1 - T_CLAMP.
+    """
+    return torch.logit(t.double(), eps=T_CLAMP) / 4
+
+
+class PositionalNoise(nn.Module):
+    """Sines and cosines of a noise label (n,) at `dim / 2` frequencies, geometric from 1 to 1/10000; (n, dim).
+
+    DDPM's positional encoding (arXiv 2006.11239): DDPM++ reaches the last frequency and puts the sines first, ADM stops one
+    short of it and puts the cosines first.
+    """
+
+    def __init__(self, dim: int, reaches_end: bool, sines_first: bool) -> None:
+        super().__init__()
+        self.dim, self.reaches_end, self.sines_first = dim, reaches_end, sines_first
+
+    def forward(self, label: Tensor) -> Tensor:
+        """The features (n, dim), of the label's dtype."""
+        half = self.dim // 2
+        exponents = torch.arange(half, device=label.device, dtype=label.dtype) / (half - self.reaches_end)
+        angles = label[:, None] * 10000.0**-exponents
+        return torch.cat((angles.sin(), angles.cos()) if self.sines_first else (angles.cos(), angles.sin()), dim=1)
+
+
+class FourierNoise(nn.Module):
+    """Sines, then cosines, of a noise label (n,) at `dim / 2` random frequencies N(0, 16^2) (NCSN++, arXiv 2011.13456)."""
+
+    freqs: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.register_buffer("freqs", 16 * torch.randn(dim // 2))
+
+    def forward(self, label: Tensor) -> Tensor:
+        """The features (n, dim), of the label's dtype."""
+        angles = 2 * torch.pi * label[:, None] * self.freqs.to(label.dtype)
+        return torch.cat((angles.sin(), angles.cos()), dim=1)
+
+
+def one_hot(label: Tensor | None, num_classes: int, like: Tensor) -> Tensor:
+    """Labels (n,) as rows (n, num_classes) of `like`'s dtype; no label is a row of zeros, EDM's way to ask for no class."""
+    if label is None:
+        return like.new_zeros(len(like), num_classes)
+    return F.one_hot(label, num_classes).to(like.dtype)

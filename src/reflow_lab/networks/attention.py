@@ -1,0 +1,30 @@
+"""Self-attention as EDM and EDM2 lay it out, through torch's fused kernels."""
+
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+def in_forward_ad() -> bool:
+    """Whether a Jacobian-vector product is being computed (`torch.func.jvp` or a dual level); torch has no public word for it."""
+    return forward_ad._current_level >= 0
+
+
+def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, each (n, heads, pixels, d); no fused kernel has a forward derivative."""
+    if not in_forward_ad():
+        return F.scaled_dot_product_attention(q, k, v)
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def split_heads(qkv: Tensor, num_heads: int) -> Tensor:
+    """(n, 3 c, h, w) as (n, heads, d, 3, h w): channels count heads first, then d, then query, key and value."""
+    return qkv.reshape(len(qkv), num_heads, -1, 3, qkv.shape[2] * qkv.shape[3])
+
+
+def attend(heads: Tensor) -> Tensor:
+    """What each pixel draws from all others, (n, heads, d, 3, pixels) to (n, heads d, pixels)."""
+    q, k, v = heads.transpose(2, 4).unbind(3)
+    return scaled_dot_product(q, k, v).mT.flatten(1, 2)
