@@ -1,4 +1,4 @@
-"""Every study row by row at every scale, every experiment under every verb: over the files found, so that a new one is tested."""
+"""Every study at every scale, every experiment under every verb: over the files found, so that a new one is tested."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,6 @@ from reflow_lab.training import train
 (STUDIES,) = [folder for folder in experiments_dirs() if folder.parent == conf_dir().parent]
 NAMES = sorted(str(path.relative_to(STUDIES).with_suffix("")) for path in STUDIES.rglob("*.yaml"))
 SCALES = [[], *([f"scale={path.stem}"] for path in sorted((conf_dir() / "scale").glob("*.yaml")))]
-ROWS = [(name, row) for name in NAMES for row in study.read(STUDIES / f"{name}.yaml").rows]
 EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
 T_MAX = f"t_max={80 / 81}"  # null for `evaluate`: the run's own
 OFFLINE = [name for name in EXPERIMENTS if not name.startswith("cifar10")]  # whose data are at hand
@@ -51,29 +50,33 @@ def needed(toy, tmp_path_factory):
 
 
 def test_the_search_found_the_files():
-    assert "quickstart" in NAMES and {"quickstart", "quickstart_base", "cifar10", "custom", "toy"} <= set(EXPERIMENTS)
+    assert {"quickstart", "simple_reflow/coupling", "simple_reflow/rectifications", "simple_reflow/own_loss"} <= set(NAMES)
+    assert all(study.find(name) == STUDIES / f"{name}.yaml" for name in NAMES)
+    assert {"quickstart", "quickstart_base", "cifar10", "custom", "toy"} <= set(EXPERIMENTS)
     assert len(SCALES) >= 3
 
 
 @pytest.mark.parametrize("scale", SCALES, ids=lambda scale: "".join(scale) or "scale of the study")
-@pytest.mark.parametrize("name, row", ROWS, ids=lambda value: value if isinstance(value, str) else value.name)
-def test_a_row_could_be_trained_and_measured(hydra, name, row, scale):
+@pytest.mark.parametrize("name", NAMES)
+def test_all_rows_could_be_trained_and_measured(hydra, name, scale):
     """Composed as the study does, and checked as it does before it trains: pairs, batches, splits, samplers at every NFE."""
     described = study.read(STUDIES / f"{name}.yaml")
-    planned = study.plan(described, row, 0, scale)
-    cfg = planned.configs[0]
-    assert [c.nfe for c in planned.configs] == list(described.nfe)
-    assert not scale or cfg.evaluation == compose("train", scale).evaluation
-    for node in (*cfg.dyn.values(), *cfg.lrn.values(), *cfg.inf.values()):
-        assert instantiate(node) is not None
+    plans = study.plan(described, [0], scale)
+    assert [planned.row for planned in plans] == list(described.rows)
+    for planned in plans:
+        cfg = planned.configs[0]
+        assert [c.nfe for c in planned.configs] == list(described.nfe)
+        assert not scale or cfg.evaluation == compose("train", scale).evaluation
+        for node in (*cfg.dyn.values(), *cfg.lrn.values(), *cfg.inf.values()):
+            assert instantiate(node) is not None
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_of_a_study_differ_and_compare(hydra, name):
     described = study.read(STUDIES / f"{name}.yaml")
-    plans = [study.plan(described, row, 0, []) for row in described.rows]
+    plans = study.plan(described, [0], [])
     study.require_comparable(plans)
-    results = {(train.plan(p.configs[0]).key, str(parts.plain(p.configs[0].inf))) for p in plans}
+    results = {(p.row.teacher, train.plan(p.training).key, str(parts.plain(p.training.inf))) for p in plans}
     assert len(results) == len(plans)
 
 
@@ -82,8 +85,7 @@ def test_the_ladder_is_cumulative(hydra):
     assert [row.name for row in described.rows] == ["base flow", "BSL", "+DYN", "+LRN", "+INF"] and described.nfe == (1, 2, 4, 9)
     assert [row.against for row in described.rows] == [None, "base flow", "BSL", "+DYN", "+LRN"]
     before = None
-    for row in described.rows[1:]:
-        cfg = study.plan(described, row, 0, []).configs[0]
+    for row, _, cfg, _ in study.plan(described, [0], [])[1:]:
         stages = [parts.plain(cfg[stage]) for stage in ("dyn", "lrn", "inf")]
         changed = [a != b for a, b in zip(stages, before or stages, strict=True)]
         assert changed == [row.name == f"+{stage}" for stage in ("DYN", "LRN", "INF")]

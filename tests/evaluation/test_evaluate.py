@@ -16,6 +16,7 @@ from reflow_lab.artifacts import read_json
 from reflow_lab.errors import UserError
 from reflow_lab.evaluation import evaluate
 from reflow_lab.evaluation.features import WEIGHT_HASH
+from reflow_lab.evaluation.intervals import Z95
 from reflow_lab.gaussian import Gaussian
 from reflow_lab.networks import files
 from tiny import Lab, composed
@@ -63,7 +64,7 @@ def measure(toy: Lab) -> Callable[..., dict[str, Any]]:
 def test_the_teacher_is_its_own_best_student(measure) -> None:  # type: ignore[no-untyped-def]
     """At the pairs' solver, grid and NFE on the same noise; another NFE is not."""
     same, other = measure(*AS_PAIRS), measure(*AS_PAIRS[:2], "nfe=1")
-    assert same["paired_rmse"] < 1e-5 and same["fd_points_teacher"] < 1e-6
+    assert same["paired_rmse"] < 1e-5 and same["fd_points_teacher"] < 1e-6 and abs(same["fd_points_added"]) < 1e-5
     assert other["paired_rmse"] > 0.05 and other["fd_points_teacher"] > 0.01
 
 
@@ -100,11 +101,24 @@ def test_one_euler_step_has_the_distance_of_its_formula(tmp_path: Path) -> None:
 
 def test_every_interval_brackets_its_value(measure) -> None:  # type: ignore[no-untyped-def]
     metrics = measure("nfe=1")
-    assert set(metrics["intervals"]) == {"fd_points", "fd_points_teacher", "paired_rmse"}
+    assert set(metrics["intervals"]) == {"fd_points", "fd_points_added", "fd_points_teacher", "paired_rmse"}
     for name, (low, high) in metrics["intervals"].items():
         assert low < metrics[name] < high
     resamples = read_json(Path(metrics["folder"]) / "resamples.json")
     assert {name: len(values) for name, values in resamples.items()} == dict.fromkeys(metrics["intervals"], 50)
+
+
+def test_what_a_student_adds_is_a_difference_over_the_same_noise(toy: Lab, measure) -> None:  # type: ignore[no-untyped-def]
+    """The teacher's share in it is the distance of a run that samples as the teacher did, resampled alike."""
+    few, teacher = measure("nfe=1"), measure(*AS_PAIRS)
+    assert few["fd_points_added"] == pytest.approx(few["fd_points"] - teacher["fd_points"], rel=1e-4)
+    a, b = (read_json(Path(metrics["folder"]) / "resamples.json") for metrics in (few, teacher))
+    expected = torch.tensor(a["fd_points"]) - torch.tensor(b["fd_points"])
+    torch.testing.assert_close(torch.tensor(a["fd_points_added"]), expected, rtol=1e-4, atol=1e-5)
+    spread = Z95 * expected.double().std().item()
+    assert few["intervals"]["fd_points_added"] == pytest.approx(
+        [few["fd_points_added"] - spread, few["fd_points_added"] + spread], rel=1e-3
+    )
 
 
 def test_calls_are_counted_whatever_was_asked_for(toy: Lab, measure) -> None:  # type: ignore[no-untyped-def]

@@ -9,6 +9,7 @@ from PIL import Image
 from reflow_lab import cli
 from reflow_lab.errors import UserError
 from reflow_lab.evaluation import evaluate
+from reflow_lab.networks import files
 from reflow_lab.studies.study import Row, Study, find, key, merged, read
 from reflow_lab.studies.table import COLUMNS
 from reflow_lab.training import train
@@ -73,7 +74,8 @@ def test_a_study_and_the_same_again(toy, run, work, forbid_training, monkeypatch
     assert [(row["name"], row["seed"], row["nfe"]) for row in rows] == [
         (row["name"], seed, nfe) for row in ROWS for seed in (5, 6) for nfe in (1, 3)
     ]
-    assert all(set(row) == {*COLUMNS, "fd_points", "fd_points_teacher", "paired_rmse"} for row in rows)
+    assert all(set(row) == {*COLUMNS, "fd_points", "fd_points_added", "fd_points_teacher", "paired_rmse"} for row in rows)
+    assert {row["teacher"] for row in rows} == {None}
     assert len(stores(outputs)) == 2  # to train on, and the held-out noise; both shared by all rows and seeds
     assert {row["protocol"]["teacher"] for row in rows} <= set(stores(outputs))
     with Image.open("here/samples.png") as image:
@@ -95,7 +97,7 @@ def test_a_row_that_does_not_train_is_its_start(toy, run, work):
 
 def test_rows_win_over_the_command_line_and_it_over_the_study(run, work, monkeypatch):
     seen = []
-    monkeypatch.setattr("reflow_lab.studies.study.run", lambda planned: seen.append(planned) or [])
+    monkeypatch.setattr("reflow_lab.studies.study.run", lambda planned, runs: seen.append(planned) or [])
     monkeypatch.setattr("reflow_lab.studies.table.write", lambda *_: "")
     monkeypatch.setattr("reflow_lab.studies.study.draw_samples", lambda *_: None)
     write(work, overrides=["training.total_kimg=2", "dyn/weight=edm", "training.lr=1e-5", "scale=mini"])
@@ -105,6 +107,51 @@ def test_rows_win_over_the_command_line_and_it_over_the_study(run, work, monkeyp
     assert other.dyn.weight.power == 2 and other.training.lr == 1e-5
     assert other.seed == 4 and other.name == "BSL seed 4"
     assert [cfg.nfe for cfg in seen[0].configs] == [1, 3]
+
+
+AGAIN = [
+    {"name": "k = 1", "overrides": []},
+    {"name": "k = 2", "overrides": [], "teacher": "k = 1"},
+    {"name": "k = 3", "overrides": [], "teacher": "k = 2"},
+]
+
+
+def test_a_row_is_taught_by_an_earlier_one_and_measured_against_the_studys_teacher(toy, run, work):
+    """Each run of each seed: what it starts from and where its pairs come from are the run before it, of the same seed."""
+    write(work, overrides=SHORT, rows=AGAIN, nfe=[2])
+    outputs = work / "shared"
+    status, _, _ = run("seeds=2", f"outputs={outputs}", "out=here")
+    rows = cells("here")
+    assert status == 0 and [row["teacher"] for row in rows] == [None, None, "k = 1", "k = 1", "k = 2", "k = 2"]
+    runs = {(row["name"], row["seed"]): Path(row["run"]) for row in rows}
+    assert len(set(runs.values())) == 6
+    for seed in (0, 1):
+        for name, before in (("k = 1", toy.teacher), ("k = 2", runs["k = 1", seed]), ("k = 3", runs["k = 2", seed])):
+            weights = files.weights_hash(files.find(before))
+            inputs = json.loads((runs[name, seed] / "recipe.json").read_text())["inputs"]
+            assert inputs["start"] == weights
+            (store,) = inputs["pairs"].values()
+            assert json.loads((outputs / "pairs" / store / "recipe.json").read_text())["teacher"] == weights
+    assert len({row["protocol"]["teacher"] for row in rows}) == 1
+    assert len(stores(outputs)) == 1 + 1 + 2 * 2  # held out; the study's teacher's, shared; one of k = 1 and 2 a seed
+
+
+def test_a_study_may_train_its_own_teacher(toy, run, work):
+    """Without a teacher of the study, rows are measured against the data alone."""
+    base = ["teacher=none", "training.start=scratch", "lrn/coupling=independent"]
+    rows = [{"name": "base", "overrides": base}, {"name": "reflow", "overrides": ["teacher=none"], "teacher": "base"}]
+    write(work, overrides=SHORT, rows=rows, nfe=[2])
+    status = cli.main(["study", "study=ladder", *toy.overrides, "outputs=outputs"])
+    assert status == 0 and set(cells()[0]["intervals"]) == {"fd_points"}
+
+
+def test_a_row_that_its_teachers_network_does_not_fit_is_found_before_any_training(run, work, forbid_training):
+    rows = [*AGAIN[:1], {**AGAIN[1], "overrides": ["net.sigma_data=0.3"]}]
+    write(work, overrides=SHORT, rows=rows)
+    forbid_training()
+    status, _, errors = run()
+    line = "teacher.path=the row k = 1: these weights belong to another network; net.sigma_data: 0.5 in the file, 0.3 here"
+    assert status == 2 and errors == [f"reflow-lab: {line}"] and not Path("outputs").exists()
 
 
 def test_merged():
@@ -152,6 +199,12 @@ MALFORMED = {
     "no rows": ({"rows": []}, "must be at least one"),
     "equal names": ({"rows": [ROWS[0], ROWS[0]]}, "names must differ"),
     "against nothing": ({"rows": [ROWS[0], {**ROWS[1], "against": "base"}]}, "BSL.against=base: must be one of base flow"),
+    "taught by nobody": (
+        {"rows": [{**ROWS[0], "teacher": "BSL"}, ROWS[1]]},
+        "base flow.teacher=BSL: must be one of the rows before",
+    ),
+    "taught by itself": ({"rows": [ROWS[0], {**ROWS[1], "teacher": "BSL"}]}, "must be one of the rows before it: base flow"),
+    "the first taught": ({"rows": [{**ROWS[0], "teacher": "x"}]}, "must be one of the rows before it: there are none"),
     "against itself": ({"rows": [ROWS[0], {**ROWS[1], "against": "BSL"}]}, "BSL.against=BSL: must be one of base flow"),
 }
 
@@ -177,6 +230,11 @@ MISTAKES = {
     "evaluation.seed=1000": ({}, "evaluation.seed=1000: must differ"),
     "training.batch_size=0": ({}, "training.batch_size=0: must be"),
     "name=x": ({"rows": [*ROWS, {"name": "z", "overrides": ["evaluation.num_images=50"]}]}, "z: evaluation={"),
+    "name=w": (
+        {"rows": [*AGAIN[:2], {**AGAIN[2], "overrides": ["training.batch_size=400"]}]},
+        "training.batch_size=400: takes 200 backward",
+    ),
+    "name=v": ({"rows": [*AGAIN[:2], {**AGAIN[2], "overrides": ["dyn/time=none"]}]}, "dyn/time=none: no such member"),
     "name=y": ({"rows": [*ROWS, {"name": "z", "overrides": ["dyn/weight=none"]}]}, "dyn/weight=none: no such member"),
     "inf/grid=listed": ({}, "grid.times="),
 }

@@ -11,7 +11,7 @@ from reflow_lab.studies.table import COLUMNS, effect, effects, estimate, markdow
 
 STUDY = Study("A title", (), (1, 9), (Row("base", ("a=1",)), Row("better", ("a=2",), "base")))
 VALUES = {("base", 0): 30.0, ("base", 1): 34.0, ("base", 2): 26.0, ("better", 0): 21.0, ("better", 1): 23.0, ("better", 2): 19.0}
-METRICS = ("fd_lite0", "fd_lite0_teacher", "paired_rmse")
+METRICS = ("fd_lite0", "fd_lite0_added", "fd_lite0_teacher", "paired_rmse")  # as JSON sorts them
 
 
 def vector(*key):
@@ -40,7 +40,14 @@ def make_cells(folder, seeds, metrics=METRICS, nfe=(1, 9)):
                 "num_images": 2500,
             }
             intervals = {metric: [v - 1, v + 1] for metric, v in values.items()}
-            about = {"name": name, "overrides": ["a=1"], "run": "r", "folder": str(path), "protocol": {"nfe": steps}}
+            about = {
+                "name": name,
+                "overrides": ["a=1"],
+                "teacher": None,
+                "run": "r",
+                "folder": str(path),
+                "protocol": {"nfe": steps},
+            }
             cells.append({**about, **rest, **values, "intervals": intervals})
     return cells
 
@@ -93,6 +100,7 @@ def test_the_page(one):
         "## fd_lite0_teacher:",
         "## Effect of each row on fd_lite0_teacher",
         "## fd_lite0: distance to the data (real against real: 12.34)",
+        "## fd_lite0_added: distance to the data beyond that of the teacher's many-step samples",
     ]
     places = [page.index(title) for title in [*order, "## paired_rmse", "## Straightness"]]
     assert places == sorted(places)
@@ -107,7 +115,12 @@ def test_the_page(one):
 
 def test_without_a_teacher_the_distance_to_the_data_is_first(tmp_path):
     page = markdown(STUDY, make_cells(tmp_path, [0], ["fd_points"]))
-    assert "_teacher" not in page and "paired_rmse" not in page and "Effect of each row on fd_points" in page
+    assert (
+        "_teacher" not in page
+        and "_added" not in page
+        and "paired_rmse" not in page
+        and "Effect of each row on fd_points" in page
+    )
     assert re.search(r"\| base \| 30\.0000 ± \d\.\d{4} \|", page)
 
 

@@ -1,6 +1,7 @@
 """The verb `study`: every row of a table trained and evaluated, what is shared made once, the table at the end."""
 
 import copy
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import hydra
 import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
+from torch import nn
 
 from .. import parts
 from ..errors import UserError, require
@@ -26,11 +28,16 @@ SHARED_KEYS = ("data", "teacher", "evaluation", "precision")  #: without which n
 
 @dataclass(frozen=True)
 class Row:
-    """One row: a name, the overrides that make it, and the row against which its effect is measured."""
+    """One row: a name, the overrides that make it, the row against which its effect is measured.
+
+    `teacher` names an earlier row, whose run (of the same seed) makes this one's pairs and starts it: k-fold ReFlow. Without it
+    the study's teacher does. All rows are measured against the study's teacher.
+    """
 
     name: str
     overrides: tuple[str, ...]
     against: str | None = None
+    teacher: str | None = None
 
 
 @dataclass(frozen=True)
@@ -44,10 +51,11 @@ class Study:
 
 
 class Planned(NamedTuple):
-    """A row with one training seed, and its configuration at every number of steps."""
+    """A row with one training seed: its configuration to train, and those to measure it at every number of steps."""
 
     row: Row
     seed: int
+    training: DictConfig
     configs: tuple[DictConfig, ...]
 
 
@@ -70,13 +78,17 @@ def read(path: Path) -> Study:
     _keys(path, "the file", raw, {"title", "overrides", "nfe", "rows"})
     _list(path, "rows", raw["rows"], dict)
     for row in raw["rows"]:
-        _keys(path, "a row", row, {"name", "overrides"}, {"against"})
-    rows = tuple(Row(str(r["name"]), _list(path, "overrides", r["overrides"], str), r.get("against")) for r in raw["rows"])
+        _keys(path, "a row", row, {"name", "overrides"}, ("against", "teacher"))
+    rows = tuple(_row(path, row) for row in raw["rows"])
     nfe = _list(path, "nfe", raw["nfe"], int)
     require(min(nfe, default=0) >= 1, f"{path}: nfe", list(nfe), "must be numbers of at least 1")
     require(bool(rows), f"{path}: rows", [], "must be at least one")
     _names(path, [row.name for row in rows], rows)
     return Study(str(raw["title"]), _list(path, "overrides", raw["overrides"], str), nfe, rows)
+
+
+def _row(path: Path, raw: dict[str, Any]) -> Row:
+    return Row(str(raw["name"]), _list(path, "overrides", raw["overrides"], str), raw.get("against"), raw.get("teacher"))
 
 
 def _keys(path: Path, what: str, node: object, needed: set[str], optional: Iterable[str] = ()) -> None:
@@ -95,9 +107,11 @@ def _list(path: Path, key: str, value: Any, kind: type) -> tuple[Any, ...]:
 
 def _names(path: Path, names: list[str], rows: Sequence[Row]) -> None:
     require(len(set(names)) == len(names), f"{path}: rows", names, "names must differ")
-    for row in rows:
-        others = [name for name in names if name != row.name]
+    for number, row in enumerate(rows):
+        others, earlier = [name for name in names if name != row.name], names[:number]
         require(row.against in (None, *others), f"{path}: {row.name}.against", row.against, f"must be one of {', '.join(others)}")
+        allowed = f"must be one of the rows before it: {', '.join(earlier) or 'there are none'}"
+        require(row.teacher in (None, *earlier), f"{path}: {row.name}.teacher", row.teacher, allowed)
 
 
 def merged(*groups: Sequence[str]) -> list[str]:
@@ -120,22 +134,54 @@ def own_overrides() -> list[str]:
     return [override for override in given if key(override) not in OWN_KEYS]
 
 
-def plan(study: Study, row: Row, seed: int, given: list[str]) -> Planned:
-    """The configurations of a row with one training seed, checked; nothing is trained yet."""
+def compose(study: Study, row: Row, seed: int, given: list[str]) -> Planned:
+    """The configurations of a row with one training seed; those that measure it are checked."""
     composed = hydra.compose("train", [*merged(study.overrides, given, row.overrides), f"seed={seed}"])
     composed.name = f"{row.name} seed {seed}"
-    configs = tuple(copy.deepcopy(composed) for _ in study.nfe)
+    training, *configs = (copy.deepcopy(composed) for _ in (None, *study.nfe))
     for cfg, nfe in zip(configs, study.nfe, strict=True):
         cfg.nfe = nfe
         evaluate.check(cfg)
-    train.plan(configs[0])
-    return Planned(row, seed, configs)
+    training.nfe = study.nfe[0]
+    return Planned(row, seed, training, tuple(configs))
+
+
+def plan(study: Study, seeds: Iterable[int], given: list[str]) -> list[Planned]:
+    """All rows with all training seeds, checked; nothing is trained yet."""
+    planned = {(row.name, seed): compose(study, row, seed, given) for row in study.rows for seed in seeds}
+    for found in planned.values():
+        if found.row.teacher is None:
+            train.plan(found.training)
+        else:
+            check_taught(found, planned[found.row.teacher, found.seed])
+    return list(planned.values())
+
+
+def taught(cfg: DictConfig, teacher: Path) -> DictConfig:
+    """The configuration with another teacher."""
+    changed = copy.deepcopy(cfg)
+    changed.teacher.path, changed.teacher.profile = str(teacher), None
+    return changed
+
+
+def check_taught(planned: Planned, teacher: Planned) -> None:
+    """Raise a `UserError` if a row could not be trained from another one, which may be untrained itself.
+
+    For its weights stands a file of their description alone: a check reads no more.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "teacher.safetensors"
+        files.save(nn.Identity(), path, train.description(teacher.training))
+        try:
+            train.plan(taught(planned.training, path))
+        except UserError as error:
+            raise UserError(str(error).replace(str(path), f"the row {teacher.row.name}")) from None
 
 
 def require_comparable(plans: Sequence[Planned]) -> None:
     """Raise a `UserError` unless all rows are measured alike."""
     first = measured_by(plans[0].configs[0])
-    for row, _, (cfg, *_) in plans:
+    for row, _, _, (cfg, *_) in plans:
         for name, value in measured_by(cfg).items():
             differ = f"differs from {plans[0].row.name}'s: rows of one table share {', '.join(first)}"
             require(value == first[name], f"{row.name}: {name}", value, differ)
@@ -152,11 +198,12 @@ def study(cfg: DictConfig) -> list[dict[str, Any]]:
     require(isinstance(cfg.seeds, int) and cfg.seeds >= 1, "seeds", cfg.seeds, "must be a whole number of at least 1")
     described, given = read(find(cfg.study)), own_overrides()
     seeds = range(cfg.seed, cfg.seed + cfg.seeds)
-    plans = [plan(described, row, seed, given) for row in described.rows for seed in seeds]
+    plans = plan(described, seeds, given)
     require_comparable(plans)
     steps = len(described.nfe)
     print(f"{described.title}: {len(plans)} runs, each measured at {steps} step counts; what is finished is read back")
-    cells = [cell for planned in plans for cell in run(planned)]
+    runs: dict[tuple[str, int], Path] = {}
+    cells = [cell for planned in plans for cell in run(planned, runs)]
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     print(table.write(out, described, cells))
@@ -165,9 +212,11 @@ def study(cfg: DictConfig) -> list[dict[str, Any]]:
     return cells
 
 
-def run(planned: Planned) -> list[dict[str, Any]]:
-    """Train a row and measure it at every number of steps."""
-    folder = train.train(planned.configs[0])
-    found = parts.described(files.find(folder), parts.data_source(planned.configs[0]), "run")
-    row = {"name": planned.row.name, "overrides": list(planned.row.overrides), "seed": planned.seed, "run": str(folder)}
-    return [row | evaluate.measured(cfg, found) for cfg in planned.configs]
+def run(planned: Planned, runs: dict[tuple[str, int], Path]) -> list[dict[str, Any]]:
+    """Train a row and measure it at every number of steps; `runs` holds the folder of each row and seed that is done."""
+    row, seed, training, configs = planned
+    folder = train.train(training if row.teacher is None else taught(training, runs[row.teacher, seed]))
+    runs[row.name, seed] = folder
+    found = parts.described(files.find(folder), parts.data_source(training), "run")
+    about = {"name": row.name, "overrides": list(row.overrides), "teacher": row.teacher, "seed": seed, "run": str(folder)}
+    return [about | evaluate.measured(cfg, found) for cfg in configs]

@@ -21,6 +21,7 @@ Cell = dict[str, Any]
 COLUMNS = (
     "name",
     "overrides",
+    "teacher",
     "nfe",
     "seed",
     "floor",
@@ -45,11 +46,12 @@ def write(out: Path, study: Study, cells: Sequence[Cell]) -> str:
 def markdown(study: Study, cells: Sequence[Cell]) -> str:
     """The whole page: distances, effects, the other columns. Without a teacher the distance to the data stands first."""
     metrics, floor = cells[0]["intervals"], cells[0]["floor"]
-    data = next(name for name in metrics if name.startswith("fd_") and not name.endswith("_teacher"))
+    data = next(name for name in metrics if name.startswith("fd_") and not name.endswith(("_teacher", "_added")))
     primary = f"{data}_teacher" if f"{data}_teacher" in metrics else data
     titles = {
         f"{data}_teacher": "distance to the teacher's many-step samples of the same noise",
         data: f"distance to the data (real against real: {floor:.4g})",
+        f"{data}_added": "distance to the data beyond that of the teacher's many-step samples",
         "paired_rmse": "to the teacher's image of the same noise (rewards blur: a diagnostic)",
     }
     lines = [f"# {study.title}", "", heading(cells)]
@@ -70,7 +72,7 @@ def heading(cells: Sequence[Cell]) -> str:
     listed = ", ".join(map(str, seeds))
     lines = (
         f"N = {cells[0]['num_images']:,} samples a cell; training seeds {listed}; 95 % intervals over {over}.",
-        "All rows share teacher, pairs and held-out noise. Lower is better.",
+        "All rows are measured on the same held-out noise, and against the same teacher where there is one. Lower is better.",
     )
     return " ".join(lines)
 
