@@ -1,5 +1,7 @@
 """Every study at every scale, every experiment under every verb: over the files found, so that a new one is tested."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -56,16 +58,22 @@ def test_the_search_found_the_files():
     assert len(SCALES) >= 3
 
 
+@functools.cache
+def planned(name, *given):
+    """All rows of a study, composed once for all tests, which run inside `hydra`."""
+    described = study.read(STUDIES / f"{name}.yaml")
+    return described, study.plan(described, [0], list(given))
+
+
 @pytest.mark.parametrize("scale", SCALES, ids=lambda scale: "".join(scale) or "scale of the study")
 @pytest.mark.parametrize("name", NAMES)
 def test_all_rows_could_be_trained_and_measured(hydra, name, scale):
     """Composed as the study does, and checked as it does before it trains: pairs, batches, splits, samplers at every NFE."""
-    described = study.read(STUDIES / f"{name}.yaml")
-    plans = study.plan(described, [0], scale)
-    assert [planned.row for planned in plans] == list(described.rows)
-    for planned in plans:
-        cfg = planned.configs[0]
-        assert [c.nfe for c in planned.configs] == list(described.nfe)
+    described, plans = planned(name, *scale)
+    assert [found.row for found in plans] == list(described.rows)
+    for found in plans:
+        cfg = found.configs[0]
+        assert [c.nfe for c in found.configs] == list(described.nfe)
         assert not scale or cfg.evaluation == compose("train", scale).evaluation
         for node in (*cfg.dyn.values(), *cfg.lrn.values(), *cfg.inf.values()):
             assert instantiate(node) is not None
@@ -73,19 +81,18 @@ def test_all_rows_could_be_trained_and_measured(hydra, name, scale):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_of_a_study_differ_and_compare(hydra, name):
-    described = study.read(STUDIES / f"{name}.yaml")
-    plans = study.plan(described, [0], [])
+    _, plans = planned(name)
     study.require_comparable(plans)
     results = {(p.row.teacher, train.plan(p.training).key, str(parts.plain(p.training.inf))) for p in plans}
     assert len(results) == len(plans)
 
 
 def test_the_ladder_is_cumulative(hydra):
-    described = study.read(STUDIES / "quickstart.yaml")
+    described, plans = planned("quickstart")
     assert [row.name for row in described.rows] == ["base flow", "BSL", "+DYN", "+LRN", "+INF"] and described.nfe == (1, 2, 4, 9)
     assert [row.against for row in described.rows] == [None, "base flow", "BSL", "+DYN", "+LRN"]
     before = None
-    for row, _, cfg, _ in study.plan(described, [0], [])[1:]:
+    for row, _, cfg, _ in plans[1:]:
         stages = [parts.plain(cfg[stage]) for stage in ("dyn", "lrn", "inf")]
         changed = [a != b for a, b in zip(stages, before or stages, strict=True)]
         assert changed == [row.name == f"+{stage}" for stage in ("DYN", "LRN", "INF")]
