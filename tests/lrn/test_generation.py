@@ -117,7 +117,9 @@ def test_two_processes_share_the_shards_and_write_the_bytes_of_one(tmp_path):
         assert process.exitcode == 0
     assert files_of(made(outputs).folder) == expected
     drawn = [(tmp_path / name).read_text().split() for name in ("a", "b")]
-    assert sorted(drawn[0] + drawn[1], key=int) == [str(10 * i) for i in range(10)] and all(drawn)  # each shard once, both at work
+    assert sorted(drawn[0] + drawn[1], key=int) == [str(10 * i) for i in range(10)] and all(
+        drawn
+    )  # each shard once, both at work
 
 
 def logged(outputs, log):
@@ -172,10 +174,11 @@ def test_another_device_type_is_refused_and_another_version_warned_of(tmp_path, 
 
 def test_a_disk_without_room_is_refused_before_the_work(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1199))
-    with pytest.raises(UserError, match=r"0\.000 GB are needed for the missing pairs, 0\.000 GB are free"):
-        run(tmp_path, None)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1200))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 11_900_000))
+    with pytest.raises(UserError, match=r"12\.0 MB are needed for the missing pairs, 11\.9 MB are free"):
+        fill(made(tmp_path, shape=[30_000]), None, conditions(CPU))
+    assert [p.name for p in made(tmp_path, shape=[30_000]).folder.iterdir()] == [".lock"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1_200))
     assert run(tmp_path)
 
 
@@ -197,7 +200,7 @@ def test_a_disk_that_fills_up_stops_the_work_and_spares_what_is_there(tmp_path):
     process.join(60)
     said = queue.get()
     assert f"{recipe.folder}/shard-00000.npy: cannot be written" in said and "\n" not in said
-    assert "the same command goes on" in said and "0.000 GB are needed" in said
+    assert "the same command goes on" in said and "0.2 MB are needed" in said
     assert sorted(p.name for p in recipe.folder.glob("shard*")) == ["shard-00001.npy", "shard-00002.npy"]
     assert not list(recipe.folder.glob(".*.tmp"))
     assert fill(recipe, lambda i: iter([torch.zeros(len(i), 600)]), conditions(CPU))

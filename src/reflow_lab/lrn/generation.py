@@ -100,9 +100,9 @@ def fill(made: Artifact, draw: Draw, conditions: dict[str, Any], numbers: Sequen
     with made.locked():
         if made.is_done():
             return True
+        require_room(shards)
         made.begin()
         agreed = agree(made.folder, conditions)
-    require_room(shards)
     with threads(agreed["threads"]):
         work(shards, draw, recipe["kind"], list(numbers if numbers is not None else range(len(shards))))
     if shards.missing():
@@ -158,7 +158,7 @@ def threads(number: int) -> Iterator[None]:
 def require_room(shards: Shards) -> None:
     """Raise a `UserError` that says how much is needed if the disk cannot hold the missing shards."""
     needed, free = shards.num_pairs(shards.missing()) * shards.bytes_per_pair, shutil.disk_usage(shards.folder).free
-    reason = f"{needed / 1e9:,.3f} GB are needed for the missing pairs, {free / 1e9:,.3f} GB are free on the disk"
+    reason = f"{needed / 1e6:,.1f} MB are needed for the missing pairs, {free / 1e6:,.1f} MB are free on the disk"
     require(needed <= free, "pairs", str(shards.folder), reason)
 
 
@@ -206,7 +206,7 @@ def write(shards: Shards, number: int, draw: Draw, bar: Bar) -> None:
         checksum = write_shard(shards.path(number), held.numpy())
     except UserError as error:  # the disk is full
         left = shards.num_pairs(shards.missing()) * shards.bytes_per_pair
-        raise UserError(f"{error}; {left / 1e9:,.3f} GB are needed for the missing pairs") from None
+        raise UserError(f"{error}; {left / 1e6:,.1f} MB are needed for the missing pairs") from None
     write_atomically(shards.mark(number), lambda p: p.write_text(checksum))
 
 
