@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import require
-from .attention import attend, split_heads
+from .attention import attend, in_forward_ad, split_heads
 from .skeleton import Skeleton, Stage, resample
 
 
@@ -24,13 +24,22 @@ class Style:
     head_dim: int | None = None  #: channels a head; None: one head
 
 
-def group_norm(channels: int, eps: float) -> nn.GroupNorm:
+class GroupNorm(nn.GroupNorm):
+    """torch's, in a form that a compiled Jacobian-vector product accepts: there the weights come after the norm."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(n, c, h, w) to the same shape."""
+        if not in_forward_ad():
+            return super().forward(input)
+        h = F.group_norm(input, self.num_groups, eps=self.eps)
+        return torch.addcmul(self.bias[:, None, None], h, self.weight[:, None, None])
+
+
+def group_norm(channels: int, eps: float) -> GroupNorm:
     """Group normalisation with 32 groups, or fewer of at least 4 channels each."""
     groups = max(1, min(32, channels // 4))
-    require(
-        channels % groups == 0, "channels", channels, f"a level of this network must divide into {groups} groups; take 32 or 128"
-    )
-    return nn.GroupNorm(groups, channels, eps)
+    require(channels % groups == 0, "channels", channels, f"must divide into {groups} groups; take a multiple of 32")
+    return GroupNorm(groups, channels, eps)
 
 
 class Block(nn.Module):

@@ -172,7 +172,10 @@ class EDM2(nn.Module):
 
     @torch.no_grad()
     def force_unit_weights(self) -> None:
-        """Forced weight normalisation: without it weights grow and the learning rate decays unseen (equation 66)."""
+        """Forced weight normalisation: without it weights grow and the learning rate decays unseen (equation 66).
+
+        A second pass before the backward one finds them normal already: `data` hides from autograd that it writes at all.
+        """
         for module in self.modules():
             if isinstance(module, MPConv):
-                module.weight.copy_(module.unit())
+                module.weight.data.copy_(module.unit())

@@ -9,6 +9,7 @@ import collections
 import io
 import math
 import pickle
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,8 @@ class Persistent(Record):
 
 def _storage(content: bytes) -> Tensor:
     """A storage, itself pickled by torch, as a tensor (n,)."""
-    found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    with warnings.catch_warnings(action="ignore"):  # of what may be wrong with it: an error says it, in one line
+        found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     if not isinstance(found, torch.storage.TypedStorage):
         raise pickle.UnpicklingError("a tensor's storage is none")
     return torch.empty(0, dtype=found.dtype).set_(found._untyped_storage)  # untyped() warns of deprecation

@@ -25,7 +25,7 @@ NAMES = {  # of their settings -> of ours
     "attn_resolutions": "attention_resolutions",
     "dropout": "dropout",
 }
-LISTS = ("multipliers", "attention_resolutions")
+LISTS = ("channel_mult", "attn_resolutions")
 RENAMED = {  # tensors
     r"^enc\.(\d+x\d+)_aux_residual\.": r"pyramid.\1_down.",
     r"^dec\.\d+x\d+_aux_norm\.": "out_norm.",
@@ -68,13 +68,13 @@ def describe(wrapper: Persistent) -> dict[str, Any]:
     theirs = inner(wrapper)
     given = {name: _plain(value) for name, value in theirs.state["_init_kwargs"].items() if name not in FREE}
     family = _family(theirs.class_name, given)
-    settings = {NAMES[name]: value for name, value in {**family.free, **given}.items() if name in NAMES}
+    settings = {name: value for name, value in {**family.free, **given}.items() if name in NAMES}
     for name, value in settings.items():
         require(_fits(name, value), f"{theirs.class_name}.{name}", str(value)[:40], "no network has such a setting")
     return {
         "_target_": "reflow_lab.networks.preconditioning.Preconditioned",
         "sigma_data": float(wrapper.state["sigma_data"]),
-        "network": {"_target_": f"reflow_lab.networks.{family.target}", **settings},
+        "network": {"_target_": f"reflow_lab.networks.{family.target}", **_renamed(settings)},
     }
 
 
@@ -96,6 +96,10 @@ def _family(class_name: str, given: Mapping[str, Any]) -> Family:
     known = [family.fixed for family in families]
     strange = {n: v for n, v in fixed.items() if all(n not in k or k[n] != v for k in known)} or fixed
     raise UserError(f"{class_name} with {', '.join(f'{n}={v}' for n, v in strange.items())[:200]} is none of EDM's networks")
+
+
+def _renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {NAMES[name]: value for name, value in settings.items()}
 
 
 def _plain(value: Any) -> Any:
