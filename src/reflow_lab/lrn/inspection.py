@@ -22,7 +22,7 @@ from ..progress import track
 from . import diagnostics
 from .generation import threads
 from .pairs import solve
-from .store import PairStore, decode, encode, pair_labels
+from .store import PairStore, decode, encode
 
 DATA = "reflow_lab.data."  #: where a store's description of its data may point
 MOMENTS = ("mean", "std", "skewness", "kurtosis", "min", "max", "energy_mean", "energy_std")
@@ -117,7 +117,7 @@ def sampled_halves(store: PairStore, args: Any) -> dict[str, Iterator[Tensor]]:
     other = "x1" if half == "x0" else "x0"
     halves = {half: (store.stored(chunk) for chunk in chunks(indices, 500))}
     if half == "x0" or store.images is not None:
-        halves[other] = (store.derived(chunk)[0] for chunk in chunks(indices, 500))
+        halves[other] = (store.derived(chunk) for chunk in chunks(indices, 500))
     return {name: halves[name] for name in ("x0", "x1") if name in halves}
 
 
@@ -128,19 +128,10 @@ def class_counts(store: PairStore) -> list[int]:
         return []
     counts = torch.zeros(about["num_classes"], dtype=torch.int64)
     for indices in chunks(np.arange(len(store)), 2**16):
-        counts += torch.bincount(labels(store, indices), minlength=about["num_classes"])
+        labels = store.labels(indices)
+        assert labels is not None
+        counts += torch.bincount(labels, minlength=about["num_classes"])
     return counts.tolist()
-
-
-def labels(store: PairStore, indices: Indices) -> Tensor:
-    """The labels of pairs, without their noise or images."""
-    about = store.manifest
-    if about["half"] == "x1":
-        assert store.images is not None and store.images.labels is not None
-        return store.images.labels[torch.from_numpy(indices % len(store.images))]
-    found = pair_labels(about["seed"], indices, about["num_classes"])
-    assert found is not None
-    return found
 
 
 def with_images(store: PairStore) -> tuple[PairStore, str]:

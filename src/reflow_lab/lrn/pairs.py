@@ -1,4 +1,4 @@
-"""The verb `pairs`: draw a teacher's pairs, backward (noise to image) and forward (image to noise), into a store."""
+"""The verb `pairs`: a store of a teacher's pairs, backward (noise to image) or forward (image to noise), or of projected ones."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,11 +20,12 @@ from ..networks.precision import require_precision
 from ..noise import Indices, chunks, normal
 from ..parallel import take_own_gpu
 from ..parts import Teacher
-from . import generation
+from . import generation, projected
 from .store import DTYPES, PairStore, pair_images, pair_labels, pair_noise
 
 VERSION = 2  #: of the recipe: increment when the same configuration means another result
-HALF = {"backward": "x0", "forward": "x1"}  #: the half of a pair that is stored
+HALF = {"backward": "x0", "forward": "x1"}  #: the half of a drawn pair that is stored
+KINDS = (*HALF, "projected")
 START_STREAM = "pairs/start"  #: the noise that forward pairs may start with
 
 
@@ -41,8 +42,10 @@ def pairs(cfg: DictConfig) -> Path:
 
 def plan(cfg: DictConfig, kind: str, num_pairs: int | None = None, seed: int | None = None) -> Artifact:
     """The artifact of a store: its recipe stands in the manifest, and equal recipes have one folder."""
-    require(kind in HALF, "pairs.kind", kind, f"allowed: {', '.join(HALF)}")
+    require(kind in KINDS, "pairs.kind", kind, f"allowed: {', '.join(KINDS)}")
     require_precision(cfg.precision)
+    if kind == "projected":
+        return in_own_folder(cfg, kind, projected.plan(cfg, plan(cfg, projected_from(cfg))))
     teacher, source = parts.teacher(cfg), parts.data_source(cfg)
     count = cfg.pairs[f"num_{kind}"] if num_pairs is None else num_pairs
     check(cfg, kind, count, source)
@@ -62,8 +65,19 @@ def plan(cfg: DictConfig, kind: str, num_pairs: int | None = None, seed: int | N
         "start_noise": cfg.pairs.start_noise if forward else False,
     }
     made = artifact(cfg.outputs, "pairs", VERSION, **recipe)
-    own_folder = cfg.pairs.folder is not None and num_pairs is None and seed is None
-    return Artifact(Path(cfg.pairs.folder) / kind, made.recipe) if own_folder else made
+    return made if num_pairs is not None or seed is not None else in_own_folder(cfg, kind, made)
+
+
+def in_own_folder(cfg: DictConfig, kind: str, made: Artifact) -> Artifact:
+    """The store where `pairs.folder` wants it."""
+    return made if cfg.pairs.folder is None else Artifact(Path(cfg.pairs.folder) / kind, made.recipe)
+
+
+def projected_from(cfg: DictConfig) -> str:
+    """The kind of store that projected pairs come from."""
+    kind = cfg.pairs.projected_from
+    require(kind in HALF, "pairs.projected_from", kind, f"allowed: {', '.join(HALF)}")
+    return str(kind)
 
 
 def drawing(cfg: DictConfig, teacher: Teacher) -> dict[str, Any]:
@@ -130,6 +144,8 @@ def make(cfg: DictConfig, made: Artifact, numbers: range | None = None) -> bool:
     made.require_recipe()
     if made.is_done():
         return True
+    if made.recipe["kind"] == "projected":
+        return projected.make(cfg, made, ensure(cfg, projected_from(cfg)), numbers)
     images, device = parts.data_source(cfg).split("train"), parts.device(cfg)
     velocity = parts.teacher(cfg).velocity(cfg)
     origin = {"teacher_path": str(cfg.teacher.path), "teacher_profile": cfg.teacher.profile, "data": parts.plain(cfg.data)}

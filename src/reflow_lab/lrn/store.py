@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..artifacts import read_json, write_atomically, write_json
 from ..data.sets import SampleSet, to_float, to_uint8
-from ..errors import UserError, require
+from ..errors import UserError, bad_value, require
 from ..noise import Indices, chunks, normal, uniform
 from .couplings import Batch
 
@@ -169,20 +169,29 @@ class PairStore:
         """The stored half of these pairs, float32 (n, *shape): x0 of backward pairs, x1 of forward ones."""
         return decode(torch.from_numpy(self.rows(indices)))
 
-    def derived(self, indices: Indices) -> tuple[Tensor, Tensor | None]:
-        """The other half, and the labels (n,) or None: noise by seed and index, or images of the data set."""
+    def labels(self, indices: Indices) -> Tensor | None:
+        """The classes of these pairs, int64 (n,), or None: by seed and index, or those of the images."""
+        about = self.manifest
+        if about["half"] == "x0" or not about["num_classes"]:
+            return pair_labels(about["seed"], indices, about["num_classes"])
+        labels = self._images().labels
+        return None if labels is None else labels[torch.from_numpy(indices % len(labels)).to(labels.device)]
+
+    def derived(self, indices: Indices) -> Tensor:
+        """The other half, float32 (n, *shape): noise by seed and index, or images of the data set."""
         about = self.manifest
         if about["half"] == "x0":
-            noise = pair_noise(about["seed"], indices, tuple(about["shape"]))
-            return noise, pair_labels(about["seed"], indices, about["num_classes"])
-        require(self.images is not None, "images", None, "forward pairs refer to the data set they were made from")
-        assert self.images is not None
-        images, label = pair_images(self.images, indices, about["flips"])
-        return images, label if about["num_classes"] else None
+            return pair_noise(about["seed"], indices, tuple(about["shape"]))
+        return pair_images(self._images(), indices, about["flips"])[0]
+
+    def _images(self) -> SampleSet:
+        if self.images is None:
+            raise bad_value("images", None, "forward pairs refer to the data set they were made from")
+        return self.images
 
     def read(self, indices: Indices, position: int = 0) -> Batch:
         """The pairs of these indices (n,), where the images lie; `position` is unused, since stored pairs are fixed."""
-        stored, (derived, label) = self.stored(indices), self.derived(indices)
+        stored, derived, label = self.stored(indices), self.derived(indices), self.labels(indices)
         x0, x1 = (stored, derived) if self.manifest["half"] == "x0" else (derived, stored)
         return Batch(x0, x1, label).to(torch.device("cpu") if self.images is None else self.images.held.device)
 
