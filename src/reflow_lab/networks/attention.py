@@ -26,5 +26,5 @@ def split_heads(qkv: Tensor, num_heads: int) -> Tensor:
 
 def attend(heads: Tensor) -> Tensor:
     """What each pixel draws from all others, (n, heads, d, 3, pixels) to (n, heads d, pixels)."""
-    q, k, v = heads.transpose(2, 4).unbind(3)
+    q, k, v = heads.transpose(2, 4).contiguous().unbind(3)  # fused kernels take only channels that lie side by side
     return scaled_dot_product(q, k, v).mT.flatten(1, 2)

@@ -77,12 +77,17 @@ def is_own(target: str, package: str = NETWORKS) -> bool:
     return isinstance(found, type) and found.__module__ == module
 
 
+def require_own(value: Any, package: str, where: object) -> None:
+    """Raise a `UserError` unless every `_target_` in what a foreign file says, nested ones too, is a class of the package."""
+    targets = [str(item) for key, item in _items(value) if key == "_target_"]
+    if foreign := [target for target in targets if not is_own(target, package)]:
+        raise UserError(f"{where}: names {foreign[0]}, but it may build only {package}*")
+
+
 def load(path: Path) -> nn.Module:
     """Build the network that a weight file describes and load its weights, float32, in evaluation mode."""
     net = describe(path)["net"]
-    targets = [value for key, value in _items(net) if key == "_target_"]
-    if foreign := [t for t in targets if not is_own(str(t))]:
-        raise UserError(f"{path}: names {foreign[0]}, but a weight file may build only {NETWORKS}*")
+    require_own(net, NETWORKS, path)
     network = instantiate(net)
     load_into(network, path)
     return network.eval()

@@ -25,8 +25,8 @@ from .pickles import Persistent
 def main(argv: Sequence[str]) -> None:
     """Import one file, or one that a URL names, and say what it is."""
     args = parser().parse_args(argv)
-    name = Path(urllib.parse.urlparse(args.source).path).name
-    target = args.out or Path(name).with_suffix(".safetensors")
+    name = Path(urllib.parse.urlparse(args.source).path if is_url(args.source) else args.source).name
+    target = args.out or Path(f"{Path(name).stem or 'network'}.safetensors")
     require(target.parent.is_dir(), "--out", target, "its folder does not exist")
     with at_hand(args.source) as path:
         description = convert(path, target, name)
@@ -48,10 +48,15 @@ def parser() -> Parser:
     return made
 
 
+def is_url(source: str) -> bool:
+    """Whether it is an address of the web."""
+    return source.startswith(("http://", "https://"))
+
+
 @contextmanager
 def at_hand(source: str) -> Iterator[Path]:
     """The file itself, or a temporary copy of what a URL names."""
-    if not source.startswith(("http://", "https://")):
+    if not is_url(source):
         yield Path(source)
         return
     with tempfile.NamedTemporaryFile(suffix=".pkl") as copy:
