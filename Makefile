@@ -26,9 +26,10 @@ lint: ## style and formatting
 type: ## static types
 	$(PYTHON) -m mypy
 
-bench: ## our training step and sampler against bare loops
+bench: ## our training step, sampler and pairs against bare loops
 	$(LAB) bench train
 	$(LAB) bench sample
+	$(LAB) bench pairs
 
 clean: ## remove caches and built packages; outputs/ stays
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache

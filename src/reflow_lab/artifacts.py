@@ -23,10 +23,15 @@ from typing import Any
 import reflow_lab
 
 from .errors import UserError
+from .parallel import rank
 
 HASHED = 256 * 2**20  #: bytes of a folder that are read when it is opened, smallest files first: the rest is checked by size
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  #: no room on the disk, in the quota, under the file size limit
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  #: a file system without locks
+
+
+class DiskFull(UserError):
+    """There is no room to write a file."""
 
 
 def digest(recipe: Any) -> str:
@@ -55,7 +60,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         if error.errno not in FULL:
             raise
         reason = f"{error.strerror}; what was written before stays good, and the same command goes on from there"
-        raise UserError(f"{path}: cannot be written: {reason}") from None
+        raise DiskFull(f"{path}: cannot be written: {reason}") from None
     finally:
         temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
@@ -80,8 +85,8 @@ def read_json(path: Path) -> Any:
 def lock(path: Path, wait: bool = True) -> Iterator[bool]:
     """Hold the lock of a file; yields whether we have it, which without `wait` may be no.
 
-    The system frees the lock of a process that died. Where the file system has no locks everyone is let in: what is written
-    twice is then the same, and renamed whole.
+    The system frees the lock of a process that died. Where the file system has no locks everyone is let in: work is then done
+    twice, but what is renamed into place is whole all the same.
     """
     with path.open("w") as file:
         try:
@@ -93,6 +98,24 @@ def lock(path: Path, wait: bool = True) -> Iterator[bool]:
             if error.errno not in NO_LOCKS:
                 raise
         yield True
+
+
+def remove_leftovers(folder: Path, pattern: str) -> None:
+    """Remove temporary files that processes of this machine left behind when they were killed."""
+    for path in folder.glob(pattern):
+        name, _, process = path.name.removesuffix(".tmp").rpartition(".")
+        if name.endswith(f".{platform.node()}") and not _is_alive(int(process)):
+            path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _checksums(mark: Path) -> list[tuple[str, int, str]]:
@@ -151,15 +174,15 @@ class Artifact:
             if mine:
                 yield
                 return
-        print(f"waiting for another process that works on {self.folder}")
+        if rank() == 0:
+            print(f"waiting for another process that works on {self.folder}")
         with lock(path):
             yield
 
     def begin(self) -> None:
         """Write the recipe and the code's version into the folder, whose lock we hold; a folder of another recipe is refused."""
         self.require_recipe()
-        for leftover in self.folder.glob(".*.json.*.tmp"):  # of a process that was killed
-            leftover.unlink()
+        remove_leftovers(self.folder, ".*.json.*.tmp")
         write_json(self.folder / "recipe.json", self.recipe)
         write_json(self.folder / "version.json", {"reflow_lab": reflow_lab.__version__})
 

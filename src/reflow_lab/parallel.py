@@ -2,8 +2,6 @@
 
 import os
 
-import torch
-
 
 def _number(*names: str, default: int) -> int:
     return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), default)
@@ -21,5 +19,7 @@ def world_size() -> int:
 
 def take_own_gpu() -> None:
     """Make this process's own GPU, by its number on this machine, the one that `cuda` means."""
+    import torch  # here: what only asks for the rank starts light
+
     if torch.cuda.is_available():
         torch.cuda.set_device(_number("LOCAL_RANK", "SLURM_LOCALID", default=0) % torch.cuda.device_count())

@@ -26,8 +26,10 @@ ACCELERATORS = ("auto", "cpu", "gpu")  #: auto is a CUDA device where there is o
 
 
 def device(cfg: DictConfig) -> torch.device:
-    """The device that `trainer.accelerator` means."""
-    return torch.device("cuda" if cfg.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+    """The device that `trainer.accelerator` means; a GPU with its number, for which one is current differs between threads."""
+    if cfg.trainer.accelerator == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def data_source(cfg: DictConfig) -> DataSource:
@@ -89,7 +91,7 @@ def check_lists(cfg: DictConfig) -> None:
 
 def check_paths(cfg: DictConfig) -> None:
     """Raise a `UserError` where a path or a name is something else, e.g. a number."""
-    for key in ("training.start", "teacher.path", "teacher.profile", "run", "profile"):
+    for key in ("training.start", "teacher.path", "teacher.profile", "pairs.folder", "run", "profile"):
         value = OmegaConf.select(cfg, key)
         missing = value is None and key != "training.start"
         require(missing or isinstance(value, str | Path), key, value, "must be a text")

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from reflow_lab.data.sets import PointSet
+from reflow_lab.data.toys import TwoMoons
 from reflow_lab.errors import UserError
 from reflow_lab.lrn.couplings import (
     HELD_OUT,
@@ -281,3 +282,17 @@ def test_a_batch_lies_on_one_device():
     batch = IndependentPairs(images, SEED).read(np.arange(5), 0)
     assert all(tensor.device.type == "cuda" for tensor in batch)
     assert torch.equal(batch.x1.cpu(), IndependentPairs(points(), SEED).read(np.arange(5), 0).x1)
+
+
+def test_minibatch_ot_of_a_conditional_flow_stays_within_the_classes():
+    """Across classes each moon would get the noise that lies on its side, while sampling draws the same noise for both."""
+    moons = TwoMoons(num_points=2000).split("train")
+    means = {}
+    for by_class in (False, True):
+        pairs = MinibatchOTPairs(moons, SEED, by_class=by_class)
+        drawn = [pairs.read(np.arange(128) + 128 * i, 128 * i) for i in range(15)]
+        x1, label = torch.cat([b.x1 for b in drawn]), torch.cat([b.label for b in drawn])
+        means[by_class] = x1[label == 0].mean(0).abs().max().item()
+        plain = torch.cat([IndependentPairs(moons, SEED).read(np.arange(128) + 128 * i, 128 * i).x0 for i in range(15)])
+        assert torch.equal(torch.cat([b.x0 for b in drawn]), plain)
+    assert means[True] < 0.12 < 0.3 < means[False]

@@ -2,8 +2,10 @@
 
 import multiprocessing
 import os
+import platform
 import resource
 import shutil
+import signal
 import time
 from collections import namedtuple
 
@@ -35,10 +37,14 @@ def draw(indices):
         yield torch.from_numpy(chunk)[:, None] / torch.tensor([1.0, 2.0, 3.0])
 
 
-def slowly(indices):
-    for values in draw(indices):
-        time.sleep(0.06)
-        yield values
+def run_slowly(outputs, drawing):
+    def slowly(indices):
+        drawing.set()
+        for values in draw(indices):
+            time.sleep(0.06)
+            yield values
+
+    run(outputs, slowly)
 
 
 def run(outputs, how=draw, numbers=None):
@@ -48,6 +54,14 @@ def run(outputs, how=draw, numbers=None):
 
 def files_of(folder):
     return {p.name: p.read_bytes() for p in folder.iterdir() if not p.name.startswith(".")}
+
+
+HIDDEN = [".lock", *(f".shard-{i:05d}.npy.sha256" for i in range(10))]
+DEAD = 2**22 + 1  #: a process number that Linux does not give
+
+
+def hidden(folder):
+    return sorted(p.name for p in folder.glob(".*"))
 
 
 def undisturbed(tmp_path):
@@ -70,22 +84,62 @@ def test_every_pair_is_drawn_once_in_its_place(tmp_path):
     }
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path, seed):
-    expected, rng = undisturbed(tmp_path), np.random.default_rng(seed)
-    outputs, killed = tmp_path / "killed", 0
-    for _ in range(6):
-        process = processes.Process(target=run, args=(outputs, slowly))
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path):
+    expected, rng = undisturbed(tmp_path), np.random.default_rng(0)
+    outputs, counts = tmp_path / "killed", []
+    for _ in range(40):
+        drawing = processes.Event()
+        process = processes.Process(target=run_slowly, args=(outputs, drawing))
         process.start()
-        process.join(rng.uniform(0.02, 0.2))
-        killed += process.is_alive()
+        assert drawing.wait(60)
+        process.join(rng.uniform(0.0, 0.4))
         process.kill()
         process.join()
-    before = len(list(made(outputs).folder.glob("shard-*.npy")))
-    assert killed >= 3 and not made(outputs).is_done()
+        counts.append(len(list(made(outputs).folder.glob("shard-*.npy"))))
+        if counts[-1] >= 5:
+            break
+    assert 0 < counts[-1] < 10 and not made(outputs).is_done()
     assert run(outputs)
-    assert files_of(made(outputs).folder) == expected and before < 10
-    assert [p.name for p in made(outputs).folder.glob(".*")] == [".lock"]
+    assert files_of(made(outputs).folder) == expected and hidden(made(outputs).folder) == HIDDEN
+
+
+SMALL = {"count": 20}  # two shards
+
+
+def killed_at(number, outputs):
+    """Fill a small store, and die by SIGKILL at the number-th call that the disk sees."""
+    calls = iter(range(10**6))
+
+    def deadly(function):
+        def call(*args, **kwargs):
+            if next(calls) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return call
+
+    for owner, name in ((os, "fsync"), (os, "replace"), (os, "rename"), (os, "unlink"), (os, "open")):
+        setattr(owner, name, deadly(getattr(owner, name)))
+    torch.set_num_threads(1)
+    fill(made(outputs, **SMALL), draw, conditions(CPU))
+
+
+def test_killed_at_every_call_that_the_disk_sees_it_ends_with_the_same_bytes(tmp_path):
+    fill(made(tmp_path / "whole", **SMALL), draw, conditions(CPU))
+    expected, moments = files_of(made(tmp_path / "whole", **SMALL).folder), 0
+    for number in range(1000):
+        outputs = tmp_path / f"killed{number}"
+        process = processes.Process(target=killed_at, args=(number, outputs))
+        process.start()
+        process.join()
+        if process.exitcode == 0:
+            break
+        moments += process.exitcode == -signal.SIGKILL
+        assert fill(made(outputs, **SMALL), draw, conditions(CPU))
+        folder = made(outputs, **SMALL).folder
+        assert files_of(folder) == expected, number
+        assert hidden(folder) == HIDDEN[:1] + HIDDEN[1:3], number
+    assert moments > 20 and process.exitcode == 0
 
 
 def test_killed_between_a_shard_and_its_mark_draws_it_again(tmp_path):
@@ -96,9 +150,10 @@ def test_killed_between_a_shard_and_its_mark_draws_it_again(tmp_path):
     marks = sorted(folder.glob(".shard-*.sha256"))
     assert len(marks) == 3
     marks[1].unlink()
-    (folder / ".shard-00003.npy.elsewhere.1.tmp").write_bytes(b"half of it")
+    (folder / f".shard-00003.npy.{platform.node()}.{DEAD}.tmp").write_bytes(b"half of it")
+    (folder / ".shard-00004.npy.elsewhere.1.tmp").write_bytes(b"somebody else's, perhaps alive")
     assert run(tmp_path / "killed") and files_of(folder) == expected
-    assert not list(folder.glob("*.tmp"))
+    assert [p.name for p in folder.glob("*.tmp")] == [".shard-00004.npy.elsewhere.1.tmp"]
 
 
 def interrupted(indices):
@@ -164,7 +219,7 @@ def test_the_threads_of_the_first_process_are_adopted_and_put_back(tmp_path):
 def test_another_device_type_is_refused_and_another_version_warned_of(tmp_path, capsys):
     with pytest.raises(KeyboardInterrupt):
         fill(made(tmp_path), interrupted, {**conditions(CPU), "device": "cuda", "torch": "1.0"})
-    with pytest.raises(UserError, match=r"trainer\.accelerator=cpu: .* was begun on cuda"):
+    with pytest.raises(UserError, match=r"trainer\.accelerator=cpu: .* was begun on cuda, this is cpu"):
         run(tmp_path)
     path = made(tmp_path).folder / "made_by.json"
     path.write_text(path.read_text().replace('"cuda"', '"cpu"'))
@@ -210,6 +265,50 @@ def test_what_is_not_finite_is_not_written(tmp_path):
     with pytest.raises(UserError, match="NaN or infinite values among pairs 5 to 9; no shard"):
         run(tmp_path, lambda indices: (v.where(v[:, :1] < 5, torch.nan) for v in draw(indices)))
     assert not list(made(tmp_path).folder.glob("shard*"))
+
+
+def test_infinity_after_rounding_is_not_written(tmp_path):
+    large = made(tmp_path, dtype="float16")
+    with pytest.raises(UserError, match="NaN or infinite values among pairs 0 to 4"):
+        fill(large, lambda indices: (1e5 + v for v in draw(indices)), conditions(CPU))
+    with pytest.raises(UserError, match="NaN or infinite values among pairs 0 to 4"):
+        fill(made(tmp_path, dtype="uint8"), lambda indices: (v / 0 for v in draw(indices)), conditions(CPU))
+
+
+def test_a_damaged_shard_is_drawn_again_by_itself(tmp_path):
+    expected, drawn = undisturbed(tmp_path), []
+    folder = made(tmp_path / "undisturbed").folder
+    (folder / "shard-00003.npy").unlink()
+    (folder / "done.json").unlink()
+    assert run(tmp_path / "undisturbed", lambda indices: drawn.append(indices[0]) or draw(indices))
+    assert drawn == [30] and files_of(folder) == expected
+
+
+def test_the_bar_counts_what_others_draw(tmp_path, capsys):
+    """While we draw our first shard somebody else finishes the next three: the bar knows at once."""
+    other, seen = made(tmp_path / "other"), []
+    run(tmp_path / "other")
+    Progress = generation.Bar
+
+    class Watched(Progress):
+        def advance(self, count, note=""):
+            super().advance(count, note)
+            seen.append(self.completed)
+
+    def helped(indices):
+        if indices[0] == 0:
+            for path in sorted(other.folder.glob("shard-0000[123].npy")) + sorted(
+                other.folder.glob(".shard-0000[123].npy.sha256")
+            ):
+                shutil.copy(path, made(tmp_path).folder)
+        return draw(indices)
+
+    generation.Bar = Watched
+    try:
+        run(tmp_path, helped)
+    finally:
+        generation.Bar = Progress
+    assert seen[:3] == [5, 10, 40] and seen[-1] == 100 and seen == sorted(seen)
 
 
 def test_ahead_keeps_the_order_and_raises_where_it_should():
@@ -294,6 +393,8 @@ def wide_teacher(tmp_path):
 def test_the_environment_tells_the_rank(monkeypatch):
     from reflow_lab import parallel
 
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
     assert (parallel.rank(), parallel.world_size()) == (0, 1)
     monkeypatch.setenv("SLURM_PROCID", "3")
     monkeypatch.setenv("SLURM_NTASKS", "8")
@@ -301,4 +402,3 @@ def test_the_environment_tells_the_rank(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert (parallel.rank(), parallel.world_size()) == (1, 2)
-    assert os.environ["RANK"] == "1"

@@ -43,7 +43,7 @@ def say(capsys):
 def test_a_whole_store_is_verified_to_the_last_bit(folder, say, kind):
     count = {"backward": 96, "forward": 64}[kind]
     status, out, _ = say("verify", folder(kind), "--batches", 8, "--seed", 3, "--json")
-    found = json.loads(out[out.index("{") :])
+    found = json.loads(out)
     assert status == 0 and found["shards"] == -(-count // 40) and found["identical_pairs"] == found["pairs"] >= 8 * 8
     assert found["largest_difference"] == 0
 
@@ -72,7 +72,11 @@ def test_missing_shards_are_named(folder, say):
     for number in (0, 2):
         (path / f"shard-0000{number}.npy").unlink()
     status, _, err = say("verify", path)
-    assert status == 2 and f"{path}/shard-00000.npy is missing; {path}/shard-00002.npy is missing; delete {path}" in err
+    assert (
+        status == 2
+        and f"{path}/shard-00000.npy is missing; {path}/shard-00002.npy is missing" in err
+    assert f"delete these and {path}/done.json" in err
+    )
 
 
 def test_pairs_that_the_teacher_would_not_make_are_named(folder, say):
@@ -96,10 +100,10 @@ def test_another_teacher_is_refused(folder, say, tmp_path):
 def test_info_tells_origin_classes_and_moments(folder, say, tmp_path):
     teacher_file(tmp_path / "teacher.safetensors", *LABELLED, exact=False)
     path = folder("backward", "data=two_moons", "data.num_points=400", "pairs.num_backward=800")
-    status, out, _ = say("info", path, "--json")
-    found = json.loads(out[out.index("\n{") :])
-    assert status == 0 and "800 backward pairs of 2; x0 stored as float32 in 20 shards" in out
-    assert "HeunSigma on EDM (rho 7.0, sigma_min 0.002), 9 NFE" in out and "guidance none; seed 1000, 16 at a time" in out
+    status, out, text = say("info", path, "--json")
+    found = json.loads(out)
+    assert status == 0 and "800 backward pairs of 2; x0 stored as float32 in 20 shards" in text
+    assert "HeunSigma on EDM (rho 7.0, sigma_min 0.002), 9 NFE" in text and "guidance none; seed 1000, 16 at a time" in text
     assert sum(found["class_counts"]) == 800 and min(found["class_counts"]) > 330
     noise = found["moments"]["x1"]
     assert abs(noise["mean"]) < 0.1 and noise["std"] == pytest.approx(1, abs=0.06) and abs(noise["kurtosis"] - 3) < 0.4
@@ -120,19 +124,40 @@ def test_info_of_forward_pairs_finds_their_images_or_says_so(folder, say):
     assert status == 2 and "is no longer the data that these pairs were made from" in err
 
 
-def test_a_manifest_builds_nothing_but_data(folder, say):
+def test_a_manifest_runs_no_code(folder, say, tmp_path):
     path = folder("forward")
-    manifest = json.loads((path / "manifest.json").read_text())
-    for target in ("os.system", "reflow_lab.data.toys.torch.os.system"):
-        manifest["made_by"]["data"] = {"_target_": target, "command": "touch harm"}
-        (path / "manifest.json").write_text(json.dumps(manifest))
-        assert f"manifest.json: data={target}: may name only reflow_lab.data.*" in say("diagnose", path)[2]
+    whole = json.loads((path / "manifest.json").read_text())
+    harm = {"_target_": "pathlib.Path.touch", "self": str(tmp_path / "harm")}
+    nested = {**whole["made_by"]["data"], "num_points": {"_target_": "reflow_lab.data.toys.torch.os.system"}}
+    for data in (harm, nested):
+        spoiled = {**whole, "made_by": {**whole["made_by"], "data": data}}
+        (path / "manifest.json").write_text(json.dumps(spoiled))
+        assert "manifest.json: data: names" in say("diagnose", path)[2]
+    for key in ("solver", "grid"):
+        (path / "manifest.json").write_text(json.dumps({**whole, key: {**whole[key], "more": harm}}))
+        assert "manifest.json: solver, grid: names pathlib.Path.touch" in say("verify", path)[2]
+    assert not (tmp_path / "harm").exists()
 
 
-def test_diagnose_tells_how_straight_the_coupling_is(folder, say):
-    status, out, _ = say("diagnose", folder("backward"), "--json")
-    found = json.loads(out[out.index("\n{") :])
-    assert status == 0 and "straightness" in out and found
+def test_diagnose_tells_how_straight_the_coupling_is_and_how_far_its_marginals(folder, say):
+    status, out, text = say("diagnose", folder("backward", "pairs.num_backward=800"), "--json", "--seed", 1)
+    found = json.loads(out)
+    assert status == 0 and "straightness" in text and "x1 to the N(0, I): w2_squared" in text
+    assert 0 <= found["neighbour_straightness"]["mean"] < 1 and found["num"] == 800
+    noise = found["marginals"]["x1"]
+    assert noise["num"] == 200 and noise["distance"] < 3 * noise["floor"]
+
+
+def test_diagnose_tells_what_a_rectification_adds(folder, say, teacher, tmp_path):
+    path = folder("backward", "pairs.num_backward=800")
+    status, out, _ = say("diagnose", path, "--velocity", teacher, "--json")
+    found = json.loads(out)
+    assert status == 0 and abs(found["rectification"]["bias"]) < 1e-3  # the teacher itself, by the store's own solver
+    other = teacher_file(tmp_path / "other.safetensors")
+    worse = json.loads(say("diagnose", path, "--velocity", other, "--json")[1])
+    assert abs(worse["rectification"]["bias"]) > 0.01 and worse["straightness"]["mean"] > found["straightness"]["mean"]
+    status, _, err = say("diagnose", path, "--velocity", "package:fashion_mnist.safetensors")
+    assert status == 2 and "makes samples of shape [1, 32, 32], the store holds [2]" in err
 
 
 @pytest.mark.parametrize(

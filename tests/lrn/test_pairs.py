@@ -88,13 +88,21 @@ def test_a_killed_generation_resumes_to_the_same_bytes(cfg, monkeypatch, kind, t
     assert (resumed / "shard-00000.npy").stat().st_mtime_ns == before
 
 
-def test_a_damaged_shard_of_an_unfinished_store_is_made_again(cfg):
+def test_a_truncated_shard_of_an_unfinished_store_is_made_again(cfg):
     folder = pairs.ensure(cfg(), "backward").folder
     whole = files_of(folder)
     (folder / "done.json").unlink()
     (folder / "shard-00001.npy").write_bytes(whole["shard-00001.npy"][:100])
     pairs.ensure(cfg(), "backward")
     assert files_of(folder) == whole
+
+
+def test_a_seed_that_changes_nothing_is_not_in_the_recipe(cfg):
+    plain, noisy = ([pairs.plan(cfg(s, *more), "forward").key for s in ("pairs.seed=1", "pairs.seed=2")] for more in ((), NOISY))
+    assert plain[0] == plain[1] and noisy[0] != noisy[1]
+
+
+NOISY = ("pairs.start_noise=true",)
 
 
 def test_a_whole_store_is_not_made_again(cfg, monkeypatch):

@@ -32,7 +32,7 @@ def make(folder, kind="backward", dtype="float32", num_classes=0, flips=False):
     values = torch.linspace(-1, 1, 10 * 16).reshape(10, *SHAPE)
     shards = []
     for i, part in enumerate(values.split(4)):
-        checksum = write_shard(folder / shard_name(i), encode(part, dtype).numpy())
+        checksum = write_shard(folder / shard_name(i), tuple(part.shape), dtype, encode(part, dtype).split(3))
         shards.append({"file": shard_name(i), "count": len(part), "sha256": checksum})
     recipe = {"kind": kind, "half": "x0" if kind == "backward" else "x1", "count": 10, "shape": list(SHAPE), "seed": SEED}
     recipe |= {"num_classes": num_classes, "dtype": dtype, "flips": flips}
@@ -96,12 +96,14 @@ def test_other_noise_is_refused(tmp_path):
     make(tmp_path)
     path = tmp_path / "manifest.json"
     manifest = json.loads(path.read_text())
-    assert manifest["noise_check"] == pytest.approx(pair_noise(SEED, np.arange(1), SHAPE).flatten()[:8].tolist())
-    manifest["noise_check"][3] += 0.01
-    path.write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=f"{tmp_path}: this machine regenerates other noise"):
-        len(PairStore(tmp_path))
-    assert noise_check(SEED, SHAPE) != noise_check(SEED + 1, SHAPE)
+    noise = pair_noise(SEED, np.array([0, 5, 9]), SHAPE).flatten(1)[:, :4]
+    assert manifest["noise_check"] == pytest.approx(noise.flatten().tolist())
+    for place in (0, 5, 11):  # of the first pair, of the middle one, of the last
+        other = [value + 0.01 * (i == place) for i, value in enumerate(manifest["noise_check"])]
+        path.write_text(json.dumps(manifest | {"noise_check": other}))
+        with pytest.raises(UserError, match=f"{tmp_path}: this machine regenerates other noise"):
+            len(PairStore(tmp_path))
+    assert noise_check(SEED, SHAPE, 10) != noise_check(SEED + 1, SHAPE, 10)
 
 
 def test_a_truncated_missing_or_foreign_shard_is_named(tmp_path):
@@ -127,8 +129,8 @@ def test_a_pickled_shard_is_not_opened(tmp_path):
 
 def test_a_shard_of_another_length_is_named(tmp_path):
     make(tmp_path)
-    write_shard(tmp_path / shard_name(2), np.zeros((1, *SHAPE), np.float32))
-    with pytest.raises(UserError, match=r"shard-00002\.npy=1 pairs: the manifest says 2"):
+    write_shard(tmp_path / shard_name(2), (1, *SHAPE), "float32", [torch.zeros(1, *SHAPE)])
+    with pytest.raises(UserError, match=r"shard-00002\.npy=1 of \(1, 4, 4\) float32: the manifest says 2 of"):
         PairStore(tmp_path).read(np.array([0]))
 
 
@@ -157,9 +159,16 @@ def test_forward_pairs_repeat_the_images_and_mirror_every_second_pass():
     assert passes.tolist() == [False, True, False, True, True, False] and not torch.equal(mirrored, expected)
 
 
-def test_batches_run_through_the_store_in_order(tmp_path):
-    store, values = make(tmp_path)
-    batches = list(store.batches(3))
-    assert [len(b.x0) for b in batches] == [3, 3, 3, 1]
-    assert torch.equal(torch.cat([b.x0 for b in batches]), values)
-    assert torch.equal(torch.cat([b.x1 for b in batches]), pair_noise(SEED, np.arange(10), SHAPE))
+def test_a_shard_of_another_shape_or_type_is_named(tmp_path):
+    make(tmp_path)
+    for other in (torch.zeros(4, 4, 4), torch.zeros(4, *SHAPE).double()):
+        np.save(tmp_path / shard_name(0), other.numpy())
+        with pytest.raises(UserError, match=r"shard-00000\.npy=4 of .*: the manifest says 4 of \(1, 4, 4\) float32"):
+            PairStore(tmp_path).read(np.array([0]))
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "{"])
+def test_a_foreign_manifest_is_named(tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match=r"manifest\.json:"):
+        len(PairStore(tmp_path))

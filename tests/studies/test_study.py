@@ -131,7 +131,9 @@ def test_a_row_is_taught_by_an_earlier_one_and_measured_against_the_studys_teach
             inputs = json.loads((runs[name, seed] / "recipe.json").read_text())["inputs"]
             assert inputs["start"] == weights
             (store,) = inputs["pairs"].values()
-            assert json.loads((outputs / "pairs" / store / "recipe.json").read_text())["teacher"] == weights
+            recipe = json.loads((outputs / "pairs" / store / "recipe.json").read_text())
+            assert recipe["teacher"] == weights
+            assert recipe["seed"] == 1000 + int(name[-1]) - 1  # noise that its teacher has not seen
     assert len({row["protocol"]["teacher"] for row in rows}) == 1
     assert len(stores(outputs)) == 1 + 1 + 2 * 2  # held out; the study's teacher's, shared; one of k = 1 and 2 a seed
 

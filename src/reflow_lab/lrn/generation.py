@@ -1,8 +1,8 @@
 """Filling a store shard by shard, by any number of processes.
 
 A process takes a shard by its lock, draws it and renames it into place; a lock of a dead process is free, so whoever comes
-next draws that shard again. The bytes of a shard are a function of the recipe, the device type and the number of threads,
-which the first process records and the others adopt: who draws it, and in which order, does not show.
+next draws that shard again. The bytes of a shard are a function of the recipe, the kind of device and, on the CPU, the number of
+threads, which the first process records and the others adopt: who draws a shard, and in which order, does not show.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from torch import Tensor
 
 import reflow_lab
 
-from ..artifacts import Artifact, lock, read_json, write_atomically, write_json
+from ..artifacts import Artifact, DiskFull, lock, read_json, remove_leftovers, write_atomically, write_json
 from ..errors import UserError, require
 from ..noise import Indices
 from ..parallel import rank, world_size
@@ -59,10 +59,9 @@ class Shards:
         return self.folder / f".{shard_name(number)}.sha256"
 
     def is_there(self, number: int) -> bool:
-        """Whether a shard was written whole; of a finished store all are, and their marks are gone."""
+        """Whether a shard was written whole."""
         path, least = self.path(number), len(self.indices(number)) * self.bytes_per_pair
-        marked = self.mark(number).exists() or (self.folder / "done.json").exists()  # in this order: marks go after it came
-        return marked and path.exists() and path.stat().st_size >= least
+        return self.mark(number).exists() and path.exists() and path.stat().st_size >= least
 
     @property
     def bytes_per_pair(self) -> int:
@@ -83,8 +82,9 @@ class Shards:
         return [{"file": name, "count": len(self.indices(n)), "sha256": self.mark(n).read_text()} for n, name in names]
 
     def clean(self) -> None:
-        """Remove what only unfinished stores need."""
-        for path in self.folder.glob(".shard-*"):
+        """Remove what a finished store does not need; the marks stay, so that a damaged shard can be drawn again by itself."""
+        remove_leftovers(self.folder, ".*.tmp")
+        for path in self.folder.glob(".shard-*.lock"):
             path.unlink(missing_ok=True)
 
 
@@ -99,6 +99,7 @@ def fill(made: Artifact, draw: Draw, conditions: dict[str, Any], numbers: Sequen
     require_shards(numbers, len(shards))
     with made.locked():
         if made.is_done():
+            shards.clean()
             return True
         require_room(shards)
         made.begin()
@@ -130,8 +131,9 @@ def agree(folder: Path, conditions: dict[str, Any]) -> dict[str, Any]:
         return conditions
     found: dict[str, Any] = read_json(path)
     device, ours = found["device"], conditions["device"]
-    require(device == ours, "trainer.accelerator", ours, f"{folder} was begun on {device}: finish it there, or delete it")
-    differing = [key for key in ("cpu", "torch", "reflow_lab") if found[key] != conditions[key]]
+    reason = f"{folder} was begun on {device}, this is {ours}: finish it there, or delete it"
+    require(device == ours, "trainer.accelerator", "gpu" if ours == "cuda" else ours, reason)
+    differing = [key for key in ("processor", "torch", "reflow_lab") if found[key] != conditions[key]]
     for key in differing:
         said = f"{folder}: begun with {key} {found[key]}, continued with {conditions[key]}: shards may differ in the last bits"
         print(said, file=sys.stderr)
@@ -139,16 +141,18 @@ def agree(folder: Path, conditions: dict[str, Any]) -> dict[str, Any]:
 
 
 def conditions(device: torch.device, **more: Any) -> dict[str, Any]:
-    """What this process would make pairs with: device type, threads, instruction set, versions."""
-    own = {"device": device.type, "threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability()}
+    """What this process would make pairs with: device, GPU or instruction set, threads (which a GPU does not heed), versions."""
+    on_cpu = device.type == "cpu"
+    name = torch.backends.cpu.get_cpu_capability() if on_cpu else torch.cuda.get_device_name(device)
+    own = {"device": device.type, "processor": name, "threads": torch.get_num_threads() if on_cpu else None}
     return {**own, "torch": torch.__version__, "reflow_lab": reflow_lab.__version__, **more}
 
 
 @contextlib.contextmanager
-def threads(number: int) -> Iterator[None]:
-    """Compute with this many threads: sums depend on how they are split."""
+def threads(number: int | None) -> Iterator[None]:
+    """Compute with this many threads (None: as many as there are): sums depend on how they are split."""
     before = torch.get_num_threads()
-    torch.set_num_threads(number)
+    torch.set_num_threads(number or before)
     try:
         yield
     finally:
@@ -169,12 +173,14 @@ def work(shards: Shards, draw: Draw, kind: str, numbers: list[int]) -> None:
     total = shards.num_pairs(numbers)
     with Bar(f"{kind} pairs", total, "pairs", total - shards.num_pairs(pending)) as bar:
         while pending:
-            took = [n for n in pending if take(shards, n, draw, bar)]
-            left = [n for n in pending if not shards.is_there(n)]
-            bar.advance(shards.num_pairs(pending) - shards.num_pairs(took) - shards.num_pairs(left))  # what others drew
-            if left and not took:
+            took = False
+            for number in pending:
+                took |= take(shards, number, draw, bar)
+                there = total - shards.num_pairs([n for n in pending if not shards.is_there(n)])
+                bar.advance(there - bar.completed)  # what others drew meanwhile
+            pending = [n for n in pending if not shards.is_there(n)]
+            if pending and not took:
                 time.sleep(POLL_S)
-            pending = left
 
 
 def take(shards: Shards, number: int, draw: Draw, bar: Bar) -> bool:
@@ -184,30 +190,40 @@ def take(shards: Shards, number: int, draw: Draw, bar: Bar) -> bool:
     with lock(shards.folder / f".{shard_name(number)}.lock", wait=False) as mine:
         if not mine or shards.is_there(number):
             return False
-        for leftover in shards.folder.glob(f".{shard_name(number)}*.tmp"):  # of a process that was killed: the lock is ours
-            leftover.unlink()
+        remove_leftovers(shards.folder, f".*{shard_name(number)}*.tmp")
         write(shards, number, draw, bar)
     return True
 
 
 def write(shards: Shards, number: int, draw: Draw, bar: Bar) -> None:
-    """Draw a shard and write it with its mark."""
+    """Draw a shard into its file, batch by batch, then write its mark."""
     indices = shards.indices(number)
-    held, at = torch.empty((len(indices), *shards.shape), dtype=DTYPES[shards.dtype]), 0
-    for values in draw(indices):
-        if not values.isfinite().all():
-            drawn = f"among pairs {indices[at]} to {indices[at] + len(values) - 1}"
-            raise UserError(f"{shards.folder}: NaN or infinite values {drawn}; no shard with them is written")
-        held[at : at + len(values)] = encode(values, shards.dtype)
-        at += len(values)
-        bar.advance(len(values))
-    assert at == len(indices)
+    drawn = encoded(shards, indices, draw)
+
+    def counted() -> Iterator[Tensor]:
+        for stored in ahead(drawn) if torch.cuda.is_available() else drawn:  # on a GPU the next batch is drawn meanwhile
+            yield stored
+            bar.advance(len(stored))
+
     try:
-        checksum = write_shard(shards.path(number), held.numpy())
-    except UserError as error:  # the disk is full
+        checksum = write_shard(shards.path(number), (len(indices), *shards.shape), shards.dtype, counted())
+        write_atomically(shards.mark(number), lambda p: p.write_text(checksum))
+    except DiskFull as error:
         left = shards.num_pairs(shards.missing()) * shards.bytes_per_pair
         raise UserError(f"{error}; {left / 1e6:,.1f} MB are needed for the missing pairs") from None
-    write_atomically(shards.mark(number), lambda p: p.write_text(checksum))
+
+
+def encoded(shards: Shards, indices: Indices, draw: Draw) -> Iterator[Tensor]:
+    """What is stored of these pairs, on the CPU, batch by batch; raises a `UserError` for NaN and infinity, rounded ones too."""
+    at = 0
+    for values in draw(indices):
+        stored = encode(values, shards.dtype)
+        if not (stored if stored.is_floating_point() else values).isfinite().all():
+            where = f"among pairs {indices[at]} to {indices[at] + len(values) - 1}"
+            raise UserError(f"{shards.folder}: NaN or infinite values {where}; no shard with them is written")
+        at += len(values)
+        yield stored.cpu()
+    assert at == len(indices)
 
 
 def ahead(items: Iterator[T]) -> Iterator[T]:

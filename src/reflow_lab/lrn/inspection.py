@@ -1,7 +1,9 @@
 """The verb `store`: what a folder of pairs holds (info), whether it is what it says (verify), how its coupling is (diagnose)."""
 
+import contextlib
 import json
 import secrets
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,19 +14,26 @@ from hydra.utils import instantiate
 from torch import Tensor
 
 from ..arguments import Parser
-from ..artifacts import file_hash
+from ..artifacts import digest, file_hash, read_json
 from ..data.sets import SampleSet
+from ..data.sources import DataSource
 from ..errors import UserError, require
+from ..evaluation.features import Lite0Features
+from ..flow import MeanVelocity
 from ..networks import files
 from ..networks.precision import InPrecision
-from ..noise import Indices, chunks, uniform
+from ..noise import Indices, chunks, permutation, uniform
 from ..progress import track
-from . import diagnostics
-from .generation import threads
+from . import diagnostics, projected
+from .generation import Draw, threads
 from .pairs import solve
+from .projected import Marginal
+from .projection import HeldOut
 from .store import PairStore, decode, encode
 
 DATA = "reflow_lab.data."  #: where a store's description of its data may point
+METHODS = "reflow_lab.lrn.projection"  #: of its projection
+RULES = "reflow_lab.inf."  #: of its solver and grid
 MOMENTS = ("mean", "std", "skewness", "kurtosis", "min", "max", "energy_mean", "energy_std")
 
 
@@ -34,7 +43,8 @@ def main(argv: Sequence[str]) -> None:
     require(args.pairs >= 1, "--pairs", args.pairs, "must be at least 1")
     store = PairStore(args.folder, None)
     require((args.folder / "manifest.json").exists(), "folder", args.folder, "holds no finished pair store")
-    found = VERBS[args.what](store, args)
+    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
+        found = VERBS[args.what](store, args)
     if args.json:
         print(json.dumps(found, indent=1))
 
@@ -51,7 +61,7 @@ def parser() -> Parser:
     add("--teacher", help="verify: the run folder or weight file, where it no longer is where it was")
     add("--velocity", help="diagnose: a run folder or weight file, whose loss bounds the straightness of the pairs")
     add("--seed", type=int, help="of the random choice; by default another one each time")
-    add("--json", action="store_true", help="print what was found as JSON after the text")
+    add("--json", action="store_true", help="JSON on stdout, the text on stderr")
     return made
 
 
@@ -66,14 +76,32 @@ def described(store: PairStore) -> dict[str, str]:
         short[name] = about[name]["_target_"].rpartition(".")[2] + (f" ({words})" if words else "")
     held = f"{len(store):,} {about['kind']} pairs of {shape}; {about['half']} stored as {about['dtype']}"
     rules = f"{short['solver']} on {short['grid']}, {about['nfe']} NFE, t_max {about['t_max']:.6g}, {about['precision']}"
+    threads_used = by["threads"] or "any"
+    origin = f"{by['device']} ({by['processor']}), {threads_used} threads, torch {by['torch']}, reflow_lab {by['reflow_lab']}"
     lines = {
         "pairs": f"{held} in {len(about['shards'])} shards, {total / 1e6:,.1f} MB",
         "teacher": f"{about['teacher']} ({by['teacher_path']}), {about['num_classes'] or 'no'} classes",
         "drawn by": f"{rules}, guidance {about['guidance'] or 'none'}; seed {about['seed']}, {about['batch_size']} at a time",
-        "made on": f"{by['device']}, {by['threads']} threads, {by['cpu']}, torch {by['torch']}, reflow_lab {by['reflow_lab']}",
+        "made on": origin,
     }
+    if about["kind"] == "projected":
+        lines |= described_projection(about)
     if about["half"] == "x1":
         lines["images"] = f"{by['data']['_target_']}, flips {about['flips']}, start noise {about['start_noise']}"
+    return lines
+
+
+def described_projection(about: dict[str, Any]) -> dict[str, str]:
+    """What a projection started from and what it did to both marginals."""
+    found = about["made_by"]["projection"]
+    method = about["projection"]["_target_"].rpartition(".")[2]
+    reached = f"lam_proj {found['lam_proj']:g}, displacement {found['displacement']:.4g}"
+    lines = {"projected": f"from {about['source']} by {method}, {reached}"}
+    for half, marginal in found["marginals"].items():
+        before, after, floor = (f"{marginal[key]:.4g}" for key in ("before", "after", "floor"))
+        lines[half] = (
+            f"{marginal['metric']} {before} before, {after} after; floor {floor} (n = {found['num_judged']:,}, held out)"
+        )
     return lines
 
 
@@ -88,7 +116,8 @@ def info(store: PairStore, args: Any) -> dict[str, Any]:
     counts = class_counts(store)
     if counts:
         least, most = min(counts), max(counts)
-        print(f"classes   {len(counts)}, {least:,} to {most:,} pairs each: {', '.join(map(str, counts[:20]))}")
+        some = ", ".join(map(str, counts[:20])) + (", ..." if len(counts) > 20 else "")
+        print(f"classes   {len(counts)}, {least:,} to {most:,} pairs each: {some}")
     found = {name: diagnostics.moments(halves) for name, halves in sampled_halves(store, args).items()}
     print(f"\n{'':4}" + "".join(f"{name:>12}" for name in MOMENTS) + f"   ({min(args.pairs, len(store)):,} pairs at random)")
     for name, values in found.items():
@@ -99,11 +128,8 @@ def info(store: PairStore, args: Any) -> dict[str, Any]:
 
 
 def chosen(store: PairStore, args: Any) -> Indices:
-    """Pairs at random, in order of their place."""
-    seed, size = new_seed(args), len(store)
-    if args.pairs >= size:
-        return np.arange(size)
-    return np.unique((uniform(seed, "store/chosen", np.arange(args.pairs))[:, 0] * size).long().numpy())
+    """Pairs at random, each once, in order of their place."""
+    return np.sort(permutation(new_seed(args), "store/chosen", len(store))[: args.pairs])
 
 
 def new_seed(args: Any) -> int:
@@ -145,14 +171,18 @@ def with_images(store: PairStore) -> tuple[PairStore, str]:
         return store, str(error)
 
 
+def data_of(about: dict[str, Any]) -> DataSource:
+    """The data set that a manifest's pairs belong to."""
+    data = about["made_by"]["data"]
+    files.require_own(data, DATA, "manifest.json: data")
+    source: DataSource = instantiate(data)
+    return source
+
+
 def images_of(about: dict[str, Any]) -> SampleSet:
     """The training images of a manifest's data set; raises a `UserError` if they are missing or others."""
-    data = about["made_by"]["data"]
-    require(files.is_own(str(data["_target_"]), DATA), "manifest.json: data", data["_target_"], f"may name only {DATA}*")
-    images: SampleSet = instantiate(data).split("train")
-    require(
-        images.content_hash == about["data"], "data", data["_target_"], "is no longer the data that these pairs were made from"
-    )
+    images, name = data_of(about).split("train"), about["made_by"]["data"]["_target_"]
+    require(images.content_hash == about["data"], "data", name, "is no longer the data that these pairs were made from")
     return images
 
 
@@ -180,7 +210,9 @@ def check_shards(store: PairStore) -> int:
             bad.append(f"{path} was changed after it was written")
     if bad:
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-        raise UserError(f"{'; '.join(bad[:5])}{more}; delete {store.folder} to make it again")
+        raise UserError(
+            f"{'; '.join(bad[:5])}{more}; delete these and {store.folder / 'done.json'}, and repeat the pairs command"
+        )
     return len(shards)
 
 
@@ -190,26 +222,45 @@ def track_items(items: list[Any], description: str, unit: str) -> Iterator[Any]:
 
 
 def draw_again(store: PairStore, args: Any) -> dict[str, Any]:
-    """Batches at random, integrated again with the threads of then, against what is stored."""
-    about = store.manifest
-    velocity, device = teacher_of(about, args)
-    images = images_of(about) if about["kind"] == "forward" else None
-    batches = batches_of(about)
+    """Batches at random, made again with the threads of then, against what is stored."""
+    about, differences, identical = store.manifest, [], 0
+    batches, redraw = batches_of(about), redrawing(store, args)
     picks = (uniform(new_seed(args), "store/verify", np.arange(args.batches))[:, 0] * len(batches)).long().tolist()
-    differences, identical, total = [], 0, 0
     with threads(about["made_by"]["threads"]):
         for pick in picks:
-            (values,) = solve(velocity, about, images, batches[pick], device)  # type: ignore[arg-type]
-            again = encode(values, about["dtype"]).cpu()
+            again = encode(torch.cat(list(redraw(batches[pick]))), about["dtype"]).cpu()
             there = torch.from_numpy(store.rows(batches[pick]))
             identical += int((again == there).flatten(1).all(1).sum())
-            total += len(again)
             relative = (decode(again) - decode(there)).flatten(1).norm(dim=1) / decode(there).flatten(1).norm(dim=1)
             differences.append(relative)
             worst = int(relative.argmax())
             reason = f"differs by {relative[worst]:.3g} from what this teacher makes; at most {args.tolerance} is allowed"
             require(bool(relative[worst] <= args.tolerance), "pair", batches[pick][worst], reason)
-    return {"pairs": total, "identical_pairs": identical, "largest_difference": float(torch.cat(differences).max())}
+    found = torch.cat(differences)
+    return {"pairs": len(found), "identical_pairs": identical, "largest_difference": float(found.max())}
+
+
+def redrawing(store: PairStore, args: Any) -> Draw:
+    """What makes pairs of this store again: its teacher, or, of a projected one, its map and the store that it moved."""
+    about = store.manifest
+    if about["kind"] == "projected":
+        return redrawing_projected(store)
+    files.require_own([about["solver"], about["grid"]], RULES, "manifest.json: solver, grid")
+    velocity, device = teacher_of(about, args)
+    images = images_of(about) if about["kind"] == "forward" else None
+    return lambda indices: solve(velocity, about, images, indices, device)  # type: ignore[arg-type]
+
+
+def redrawing_projected(store: PairStore) -> Draw:
+    """The map of a projected store applied to its source once more; raises a `UserError` if the source is gone or another."""
+    about, device = store.manifest, torch.device("cpu")
+    folder = Path(about["made_by"]["source_folder"])
+    source = PairStore(folder, images_of(about) if about["half"] == "x1" else None)
+    found = digest(read_json(folder / "recipe.json"))
+    require(found == about["source"], "source", folder, f"has the key {found}, the pairs come from {about['source']}")
+    files.require_own(about["projection"], METHODS, "manifest.json: projection")
+    projection = projected.load(store.folder / projected.MAP, instantiate(about["projection"]), device)
+    return lambda indices: projected.moved(projection, source, indices, about["batch_size"], device)
 
 
 def batches_of(about: dict[str, Any]) -> list[Indices]:
@@ -231,14 +282,57 @@ def teacher_of(about: dict[str, Any], args: Any) -> tuple[InPrecision, torch.dev
 
 
 def diagnose(store: PairStore, args: Any) -> dict[str, Any]:
-    """Print how straight the coupling is, how far its noise is from white, how often its lines cross."""
+    """Print how straight the coupling is, how often its lines cross, how far both marginals are from what they should be.
+
+    With a velocity trained on the pairs also the bias that it adds to x0's marginal.
+    """
     store, missing = with_images(store)
     require(not missing, "folder", store.folder, missing)
     x0, x1, label = store.read(chosen(store, args))
-    velocity = InPrecision(files.load(files.find(args.velocity)), store.manifest["precision"]).eval() if args.velocity else None
-    found = diagnostics.diagnose(x0, x1, label, velocity)
+    label = label if store.manifest["num_classes"] else None
+    velocity = velocity_of(store, args.velocity) if args.velocity else None
+    found = diagnostics.diagnose(x0, x1, label, velocity, num_neighbours=min(64, len(x0) // 8))
     print(diagnostics.table(found))
+    found["marginals"] = {}
+    for half in ("x0", "x1"):
+        marginal = Marginal(store, half, data_of(store.manifest), new_seed(args), Lite0Features())
+        heldout = marginal.heldout()
+        distance = {"distance": heldout.distance(heldout.x, heldout.target), "floor": heldout.floor}
+        found["marginals"][half] = {"metric": marginal.metric, **distance, "num": marginal.num_judged}
+        law = "data" if half == "x0" else "N(0, I)"
+        print(f"{half} to the {law}: {marginal.metric} {distance['distance']:.4g}, floor {distance['floor']:.4g}")
+        if half == "x0" and velocity is not None:
+            found["rectification"] = bias(store, velocity, marginal, heldout)
     return found
+
+
+def bias(store: PairStore, velocity: MeanVelocity, marginal: Marginal, heldout: HeldOut) -> dict[str, float]:
+    """What a rectification adds to the distance between x0's marginal and the data, sampled as the pairs were drawn."""
+    about, batch = store.manifest, store.read(marginal.judged())
+    files.require_own([about["solver"], about["grid"]], RULES, "manifest.json: solver, grid")
+    rules = {
+        "solver": instantiate(about["solver"]),
+        "grid": instantiate(about["grid"]),
+        "nfe": about["nfe"],
+        "t_max": about["t_max"],
+    }
+    found = diagnostics.rectification_bias(
+        velocity, batch.x0, batch.x1, heldout.target, heldout.distance, batch.label, about["batch_size"], **rules
+    )
+    print(f"one rectification: {found['coupling']:.4g} before, {found['flow']:.4g} after: a bias of {found['bias']:+.4g}")
+    return found
+
+
+def velocity_of(store: PairStore, run: str) -> MeanVelocity:
+    """A trained flow, checked against the store's shape and classes."""
+    path, about = files.find(run), store.manifest
+    description = files.describe(path)
+    shape, classes = list(description["shape"]), description["num_classes"]
+    require(shape == about["shape"], "--velocity", path, f"makes samples of shape {shape}, the store holds {about['shape']}")
+    require(
+        classes in (0, about["num_classes"]), "--velocity", path, f"takes {classes} classes, the store has {about['num_classes']}"
+    )
+    return InPrecision(files.load(path), about["precision"]).eval()
 
 
 VERBS: dict[str, Callable[[PairStore, Any], dict[str, Any]]] = {"info": info, "verify": verify, "diagnose": diagnose}

@@ -18,7 +18,7 @@ from ..flow import MeanVelocity
 from ..inf.sampler import invert, sample
 from ..networks.precision import require_precision
 from ..noise import Indices, chunks, normal
-from ..parallel import take_own_gpu
+from ..parallel import rank, take_own_gpu
 from ..parts import Teacher
 from . import generation, projected
 from .store import DTYPES, PairStore, pair_images, pair_labels, pair_noise
@@ -36,7 +36,8 @@ def pairs(cfg: DictConfig) -> Path:
     made = plan(cfg, cfg.pairs.kind)
     whole = make(cfg, made, wanted_shards(cfg))
     state = f"{made.recipe['count']:,} {cfg.pairs.kind} pairs" if whole else "unfinished: shards of other ranges are missing"
-    print(f"pairs: {made.folder} ({state})")
+    if rank() == 0:
+        print(f"pairs: {made.folder} ({state})")
     return made.folder
 
 
@@ -50,13 +51,14 @@ def plan(cfg: DictConfig, kind: str, num_pairs: int | None = None, seed: int | N
     count = cfg.pairs[f"num_{kind}"] if num_pairs is None else num_pairs
     check(cfg, kind, count, source)
     forward = kind == "forward"
+    is_random = not forward or cfg.pairs.start_noise
     recipe = {
         "kind": kind,
         "half": HALF[kind],
         "count": count,
         "shape": list(parts.sample_shape(source)),
         **drawing(cfg, teacher),
-        "seed": cfg.pairs.seed if seed is None else seed,
+        "seed": None if not is_random else cfg.pairs.seed if seed is None else seed,
         "batch_size": cfg.pairs.batch_size,
         "shard_size": cfg.pairs.shard_size,
         "dtype": cfg.pairs.dtype,
@@ -144,16 +146,22 @@ def make(cfg: DictConfig, made: Artifact, numbers: range | None = None) -> bool:
     made.require_recipe()
     if made.is_done():
         return True
+    origin = {"teacher_path": str(cfg.teacher.path), "teacher_profile": cfg.teacher.profile, "data": located(cfg)}
     if made.recipe["kind"] == "projected":
-        return projected.make(cfg, made, ensure(cfg, projected_from(cfg)), numbers)
+        return projected.make(cfg, made, ensure(cfg, projected_from(cfg)), origin, numbers)
     images, device = parts.data_source(cfg).split("train"), parts.device(cfg)
     velocity = parts.teacher(cfg).velocity(cfg)
-    origin = {"teacher_path": str(cfg.teacher.path), "teacher_profile": cfg.teacher.profile, "data": parts.plain(cfg.data)}
 
     def draw(indices: Indices) -> Iterator[Tensor]:
         return solve(velocity, made.recipe, images, indices, device)
 
     return generation.fill(made, draw, generation.conditions(device, **origin), numbers)
+
+
+def located(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration of the data set, from which another process finds it again: a path made absolute."""
+    data: dict[str, Any] = parts.plain(cfg.data)
+    return data | ({"path": str(Path(data["path"]).absolute())} if data.get("path") else {})
 
 
 def solve(

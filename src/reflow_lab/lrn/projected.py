@@ -22,6 +22,7 @@ from torch import Tensor
 from .. import parts
 from ..artifacts import Artifact, artifact, write_atomically
 from ..data.sets import SampleSet
+from ..data.sources import DataSource
 from ..errors import UserError, require
 from ..evaluation.features import Lite0Features
 from ..evaluation.frechet import Reference
@@ -47,27 +48,28 @@ def plan(cfg: DictConfig, source: Artifact) -> Artifact:
         "kind": "projected",
         "source": source.key,
         "projection": parts.plain(cfg.projection),
+        "projection_seed": cfg.pairs.seed,
         "targets": {name: held.split(name).content_hash for name in splits},
         "dtype": "float16" if source.recipe["dtype"] == "uint8" else source.recipe["dtype"],
     }
     return artifact(cfg.outputs, "pairs", VERSION, **recipe)
 
 
-def make(cfg: DictConfig, made: Artifact, source: PairStore, numbers: range | None = None) -> bool:
+def make(cfg: DictConfig, made: Artifact, source: PairStore, origin: dict[str, Any], numbers: range | None = None) -> bool:
     """Fit the map, or go on after its last finished round, then move what is missing; whether the store is whole."""
     device = parts.device(cfg)
     with made.locked():
         if made.is_done():
             return True
         made.begin()
-        marginal = Marginal(cfg, source, source.manifest["half"])
+        marginal = marginal_of(cfg, source, source.manifest["half"])
         projection = fitted(made.folder / MAP, instantiate(cfg.projection), marginal.side(device), device)
 
     def draw(indices: Indices) -> Iterator[Tensor]:
         return moved(projection, source, indices, made.recipe["batch_size"], device)
 
-    origin = {"data": parts.plain(cfg.data), "source_folder": str(source.folder), "projection": found(cfg, source, projection)}
-    return generation.fill(made, draw, generation.conditions(device, **origin), numbers)
+    more = {"source_folder": str(source.folder.absolute()), "projection": found(cfg, source, projection)}
+    return generation.fill(made, draw, generation.conditions(device, **origin, **more), numbers)
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,11 @@ class Marginal:
     images by the Fréchet distance of their Lite0 features, their noise by the sliced W2^2.
     """
 
-    cfg: DictConfig
     source: PairStore
     half: str
+    data: DataSource
+    seed: int
+    features: Lite0Features
 
     @property
     def num_judged(self) -> int:
@@ -97,7 +101,7 @@ class Marginal:
 
     def split(self, name: str) -> SampleSet:
         """A split of the data."""
-        return parts.data_source(self.cfg).split(name)
+        return self.data.split(name)
 
     def distance(self) -> Distance:
         """Between samples and samples of the law."""
@@ -105,9 +109,8 @@ class Marginal:
             return w2_squared_exact
         if self.metric == "sliced_w2_squared":
             return lambda x, _: sliced_w2_squared(x)
-        features = Lite0Features(**self.cfg.evaluation.features)
-        reference = functools.lru_cache(maxsize=1)(lambda target: Reference.of(features(target)))
-        return lambda x, target: reference(target).distance(features(x))
+        reference = functools.lru_cache(maxsize=1)(lambda target: Reference.of(self.features(target)))
+        return lambda x, target: reference(target).distance(self.features(x))
 
     def samples(self, indices: Indices) -> Tensor:
         """This half of the source's pairs."""
@@ -121,12 +124,16 @@ class Marginal:
             x, label = self.split(split).take(indices % len(self.split(split)))
             return x, label if about["num_classes"] else None
         stream = f"{STREAM}/{split}"
-        x = normal(about["seed"], stream, indices, tuple(about["shape"]))
+        x = normal(self.seed, stream, indices, tuple(about["shape"]))
         return x, self.source.labels(indices % len(self.source)) if about["num_classes"] else None
+
+    def judged(self) -> Indices:
+        """The pairs that judge."""
+        return np.arange(len(self.source) - self.num_judged, len(self.source))
 
     def heldout(self) -> HeldOut:
         """The pairs that judge, and two draws of the law."""
-        last, first = np.arange(len(self.source) - self.num_judged, len(self.source)), np.arange(self.num_judged)
+        last, first = self.judged(), np.arange(self.num_judged)
         (target, _), (other, _) = (self.law(name, first) for name in ("reference", "floor"))
         return HeldOut(self.samples(last), self.source.labels(last), target, other, self.distance())
 
@@ -134,19 +141,23 @@ class Marginal:
         """What a map of this half is fitted to, on the device, and judged by."""
         about, size = self.source.manifest, len(self.source) - self.num_judged
         size_of_law = len(self.split("train")) if self.half == "x0" else 2**40
-        seed = int(about["seed"])
 
         def drawn(step: int, num: int) -> tuple[Tensor, Tensor | None]:
-            indices = batch_indices(seed, f"{STREAM}/source", step, num, size)
+            indices = batch_indices(self.seed, f"{STREAM}/source", step, num, size)
             return on(device, self.samples(indices), self.source.labels(indices))
 
         def target(step: int, num: int) -> tuple[Tensor, Tensor | None]:
             in_order = np.arange(step * num, (step + 1) * num)
             at_random = self.half == "x0"
-            indices = batch_indices(seed, f"{STREAM}/target", step, num, size_of_law) if at_random else in_order
+            indices = batch_indices(self.seed, f"{STREAM}/target", step, num, size_of_law) if at_random else in_order
             return on(device, *self.law("train", indices))
 
-        return Side(drawn, target, self.heldout(), seed, int(about["num_classes"]))
+        return Side(drawn, target, self.heldout(), self.seed, int(about["num_classes"]))
+
+
+def marginal_of(cfg: DictConfig, source: PairStore, half: str) -> Marginal:
+    """The marginal of a store under a configuration."""
+    return Marginal(source, half, parts.data_source(cfg), cfg.pairs.seed, Lite0Features(**cfg.evaluation.features))
 
 
 def on(device: torch.device, x: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -159,7 +170,7 @@ def found(cfg: DictConfig, source: PairStore, projection: Projection) -> dict[st
     first, last = projection.rounds[0], projection.reached
     half = source.manifest["half"]
     other = "x1" if half == "x0" else "x0"
-    ours, theirs = Marginal(cfg, source, half), Marginal(cfg, source, other)
+    ours, theirs = marginal_of(cfg, source, half), marginal_of(cfg, source, other)
     heldout = theirs.heldout()
     unmoved = heldout.distance(heldout.x, heldout.target)
     marginals = {

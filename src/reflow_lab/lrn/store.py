@@ -8,7 +8,7 @@ found in the data set; so a shard holds one half of its pairs, x0 or x1, and the
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,11 +22,12 @@ from torch import Tensor
 from ..artifacts import read_json, write_atomically, write_json
 from ..data.sets import SampleSet, to_float, to_uint8
 from ..errors import UserError, bad_value, require
-from ..noise import Indices, chunks, normal, uniform
+from ..noise import Indices, normal, uniform
 from .couplings import Batch
 
 DTYPES = {"uint8": torch.uint8, "float16": torch.float16, "float32": torch.float32}
 STREAM = "pairs"  #: the noise stream of backward pairs
+KEYS = {"kind", "half", "count", "shape", "num_classes", "seed", "dtype", "flips", "made_by", "shards", "noise_check"}
 
 
 def pair_noise(seed: int, indices: Indices, shape: tuple[int, ...]) -> Tensor:
@@ -53,9 +54,14 @@ def pair_images(images: SampleSet, indices: Indices, flips: bool) -> tuple[Tenso
     return x0, label
 
 
-def noise_check(seed: int, shape: tuple[int, ...]) -> list[float]:
-    """Values that show whether this machine regenerates the noise that the store was made with."""
-    return [float(v) for v in pair_noise(seed, np.arange(1), shape).flatten()[:8]]
+def noise_check(seed: int, shape: tuple[int, ...], count: int) -> list[float]:
+    """Values of the first, the middle and the last pair, by which a machine that would regenerate other noise is found out."""
+    return [float(v) for v in pair_noise(seed, np.array([0, count // 2, count - 1]), shape).flatten(1)[:, :4].flatten()]
+
+
+def own_check(about: dict[str, Any]) -> list[float]:
+    """`noise_check` of a recipe or manifest."""
+    return noise_check(about["seed"], tuple(about["shape"]), about["count"])
 
 
 def shard_name(number: int) -> str:
@@ -85,34 +91,41 @@ class Hashed:
         return self.file.write(data)
 
 
-def write_shard(path: Path, array: NDArray[Any]) -> str:
-    """Write one shard, (count, *shape), whole or not at all; its SHA-256, taken from memory, not from the disk."""
+def write_shard(path: Path, shape: tuple[int, ...], dtype: str, parts: Iterable[Tensor]) -> str:
+    """Write one shard of this shape, (count, ...), from its parts as they come, whole or not at all; its SHA-256.
+
+    The parts are on the CPU and of the stored type. The checksum is taken from memory, not from the disk.
+    """
     digests: list[str] = []
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
 
     def save(temporary: Path) -> None:
         with temporary.open("wb") as file:
             hashed = Hashed(file)
-            np.lib.format.write_array_header_1_0(hashed, np.lib.format.header_data_from_array_1_0(array))  # type: ignore[arg-type]
-            hashed.write(np.ascontiguousarray(array).data)
+            np.lib.format.write_array_header_1_0(hashed, header)  # type: ignore[arg-type]
+            for part in parts:
+                hashed.write(part.contiguous().numpy().data)
         digests.append(hashed.sha256.hexdigest())
 
     write_atomically(path, save)
     return digests[0]
 
 
-def open_shard(path: Path, count: int) -> NDArray[Any]:
+def open_shard(path: Path, count: int, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
     """Map one shard of `count` pairs; a missing, truncated or foreign file is a user's error that names it."""
     try:
         shard: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path}: missing or not a whole shard ({error}); make the pairs again") from None
-    require(len(shard) == count, str(path), f"{len(shard)} pairs", f"the manifest says {count}; make the pairs again")
+    wanted = f"{count} of {shape} {dtype}"
+    held = f"{len(shard)} of {shard.shape[1:]} {shard.dtype}"
+    require(held == wanted, str(path), held, f"the manifest says {wanted}; make the pairs again")
     return np.asarray(shard)  # still mapped, but indexed without np.memmap's overhead
 
 
 def write_manifest(folder: Path, recipe: dict[str, Any], made_by: dict[str, Any], shards: list[dict[str, Any]]) -> None:
     """Write `manifest.json`, the last file of a store: what it is, how it was made, its shards, check values of its noise."""
-    check = noise_check(recipe["seed"], tuple(recipe["shape"])) if recipe["half"] == "x0" else None
+    check = own_check(recipe) if recipe["half"] == "x0" else None
     write_json(folder / "manifest.json", {**recipe, "made_by": made_by, "shards": shards, "noise_check": check})
 
 
@@ -130,12 +143,12 @@ class PairStore:
     def manifest(self) -> dict[str, Any]:
         """Recipe, origin and shards; checked against this machine's noise."""
         manifest = read_json(self.folder / "manifest.json")
-        if (check := manifest["noise_check"]) and not np.allclose(
-            check, noise_check(manifest["seed"], tuple(manifest["shape"])), rtol=1e-5
-        ):
-            raise UserError(
-                f"{self.folder}: this machine regenerates other noise than the store was made with; make the pairs again"
-            )
+        if not isinstance(manifest, dict) or (missing := KEYS - manifest.keys()):
+            lacks = f" lacks {', '.join(sorted(missing))}" if isinstance(manifest, dict) else " is no object"
+            raise UserError(f"{self.folder / 'manifest.json'}:{lacks}; make the pairs again")
+        if (check := manifest["noise_check"]) and not np.allclose(check, own_check(manifest), rtol=1e-5):
+            other = "this machine regenerates other noise than the store was made with; make the pairs again"
+            raise UserError(f"{self.folder}: {other}")
         return manifest
 
     def __len__(self) -> int:
@@ -148,7 +161,8 @@ class PairStore:
 
     @cached_property
     def _shards(self) -> list[NDArray[Any]]:
-        return [open_shard(self.folder / s["file"], s["count"]) for s in self.manifest["shards"]]
+        shape, dtype = tuple(self.manifest["shape"]), self.manifest["dtype"]
+        return [open_shard(self.folder / s["file"], s["count"], shape, dtype) for s in self.manifest["shards"]]
 
     @cached_property
     def _starts(self) -> Indices:
@@ -194,7 +208,3 @@ class PairStore:
         stored, derived, label = self.stored(indices), self.derived(indices), self.labels(indices)
         x0, x1 = (stored, derived) if self.manifest["half"] == "x0" else (derived, stored)
         return Batch(x0, x1, label).to(torch.device("cpu") if self.images is None else self.images.held.device)
-
-    def batches(self, size: int = 1000) -> Iterator[Batch]:
-        """All pairs in order, `size` at a time."""
-        return (self.read(indices) for indices in chunks(np.arange(len(self)), size))

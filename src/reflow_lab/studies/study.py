@@ -143,7 +143,17 @@ def compose(study: Study, row: Row, seed: int, given: list[str]) -> Planned:
         cfg.nfe = nfe
         evaluate.check(cfg)
     training.nfe = study.nfe[0]
+    training.pairs.seed += depth(study, row)
     return Planned(row, seed, training, tuple(configs))
+
+
+def depth(study: Study, row: Row) -> int:
+    """How many rows of the study have taught this one, one after the other: its pairs take noise that none of them has seen."""
+    teachers = {other.name: other.teacher for other in study.rows}
+    number, name = 0, row.teacher
+    while name is not None:
+        number, name = number + 1, teachers[name]
+    return number
 
 
 def plan(study: Study, seeds: Iterable[int], given: list[str]) -> list[Planned]:

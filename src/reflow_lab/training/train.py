@@ -145,7 +145,9 @@ def sources(cfg: DictConfig, kinds: Iterable[str]) -> dict[str, Pairs]:
             return replace(pairs.ensure(cfg, kind), images=images)
         if kind == "online":
             return online.open_online(cfg)
-        return (MinibatchOTPairs if kind == "minibatch_ot" else IndependentPairs)(images, cfg.seed)
+        if kind == "minibatch_ot":
+            return MinibatchOTPairs(images, cfg.seed, by_class=parts.net_classes(cfg) > 0)
+        return IndependentPairs(images, cfg.seed)
 
     return {kind: source(kind) for kind in kinds}
 
