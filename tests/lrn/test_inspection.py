@@ -72,11 +72,8 @@ def test_missing_shards_are_named(folder, say):
     for number in (0, 2):
         (path / f"shard-0000{number}.npy").unlink()
     status, _, err = say("verify", path)
-    assert (
-        status == 2
-        and f"{path}/shard-00000.npy is missing; {path}/shard-00002.npy is missing" in err
+    assert status == 2 and f"{path}/shard-00000.npy is missing; {path}/shard-00002.npy is missing" in err
     assert f"delete these and {path}/done.json" in err
-    )
 
 
 def test_pairs_that_the_teacher_would_not_make_are_named(folder, say):
