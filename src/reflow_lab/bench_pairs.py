@@ -79,7 +79,7 @@ def recipe(outputs: Path, name: str, count: int, shape: tuple[int, ...], dtype: 
         "flips": False,
     }
     store = {"kind": "backward", "half": "x0", "count": count, "shape": list(shape), "seed": 1, "batch_size": batch_size}
-    shard_size = min(max(2 * batch_size, count // 20), 50_000)
+    shard_size = min(max(4 * batch_size, count // 20), 50_000)
     return artifact(outputs, "pairs", 0, name=name, dtype=dtype, shard_size=shard_size, **rules, **store)
 
 
@@ -97,10 +97,10 @@ def generation(device: str, sizes: Sizes, folder: Path) -> dict[str, Any]:
     """A store, first byte to done-mark, against the same solver on noise that is there: pairs/s of both and their ratio."""
     cfg = configured(QUICKSTART, device, sizes)
     velocity = InPrecision(parts.network(cfg), cfg.precision).to(parts.device(cfg)).eval()
-    shape, count = parts.sample_shape(parts.data_source(cfg)), 4 * sizes.sample_batch
-    how = {"batch_size": sizes.sample_batch, "nfe": sizes.nfe}
+    shape, count = parts.sample_shape(parts.data_source(cfg)), 8 * sizes.sample_batch
+    how = {"batch_size": sizes.sample_batch, "nfe": sizes.teacher_nfe}
     ready = [pair_noise(1, chunk, shape).to(parts.device(cfg)) for chunk in chunks(np.arange(count), sizes.sample_batch)]
-    rules: dict[str, Any] = {"solver": instantiate(EULER), "grid": instantiate(UNIFORM), "nfe": sizes.nfe}
+    rules: dict[str, Any] = {"solver": instantiate(EULER), "grid": instantiate(UNIFORM), "nfe": sizes.teacher_nfe}
     turn = iter(range(10**6))
 
     def ours() -> None:
@@ -109,10 +109,10 @@ def generation(device: str, sizes: Sizes, folder: Path) -> dict[str, Any]:
     times = race({"ours": ours, "bare": lambda: [sample(velocity, x1, **rules) for x1 in ready]}, sizes.repeats)
     slower = ratio(times["ours"], times["bare"])
     medians = {name: float(np.median(values[1:])) for name, values in times.items()}
-    call_ms = 1000 * medians["bare"] / (len(ready) * sizes.nfe)
+    call_ms = 1000 * medians["bare"] / (len(ready) * sizes.teacher_nfe)
     throughput = {"throughput": 1 / slower["ratio"], "low": 1 / slower["ratio_high"], "high": 1 / slower["ratio_low"]}
     rates = {f"{name}_pairs_per_s": count / value for name, value in medians.items()}
-    return {"batch_size": sizes.sample_batch, "nfe": sizes.nfe, "ms_per_call": call_ms, **rates, **throughput}
+    return {"batch_size": sizes.sample_batch, "nfe": sizes.teacher_nfe, "ms_per_call": call_ms, **rates, **throughput}
 
 
 def in_own_process(folder: Path, sizes: Sizes) -> dict[str, float]:

@@ -23,7 +23,7 @@ from ..parts import Teacher
 from . import generation, projected
 from .store import DTYPES, PairStore, pair_images, pair_labels, pair_noise
 
-VERSION = 2  #: of the recipe: increment when the same configuration means another result
+VERSION = 3  #: of the recipe: increment when the same configuration means another result
 HALF = {"backward": "x0", "forward": "x1"}  #: the half of a drawn pair that is stored
 KINDS = (*HALF, "projected")
 START_STREAM = "pairs/start"  #: the noise that forward pairs may start with

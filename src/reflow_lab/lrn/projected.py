@@ -134,7 +134,7 @@ class Marginal:
     def heldout(self) -> HeldOut:
         """The pairs that judge, and two draws of the law."""
         last, first = self.judged(), np.arange(self.num_judged)
-        (target, _), (other, _) = (self.law(name, first) for name in ("reference", "floor"))
+        (target, _), (other, _) = (self.law(name, first) for name in ("floor", "reference"))  # evaluation measures by reference
         return HeldOut(self.samples(last), self.source.labels(last), target, other, self.distance())
 
     def side(self, device: torch.device) -> Side:
