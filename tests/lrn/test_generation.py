@@ -284,6 +284,17 @@ def test_a_damaged_shard_is_drawn_again_by_itself(tmp_path):
     assert drawn == [30] and files_of(folder) == expected
 
 
+def test_a_shard_damaged_before_the_store_is_finished_is_drawn_again(tmp_path, capsys):
+    expected = undisturbed(tmp_path)
+    run(tmp_path / "ranges", numbers=range(0, 5))
+    folder = made(tmp_path / "ranges").folder
+    content = bytearray((folder / "shard-00002.npy").read_bytes())
+    content[-1] ^= 1
+    (folder / "shard-00002.npy").write_bytes(content)
+    assert run(tmp_path / "ranges", numbers=range(5, 10)) and files_of(folder) == expected
+    assert "shard-00002.npy changed since drawn; drawn again" in capsys.readouterr().err
+
+
 def test_the_bar_counts_what_others_draw(tmp_path, capsys):
     """While we draw our first shard somebody else finishes the next three: the bar knows at once."""
     other, seen = made(tmp_path / "other"), []

@@ -74,6 +74,8 @@ def test_missing_shards_are_named(folder, say):
     status, _, err = say("verify", path)
     assert status == 2 and f"{path}/shard-00000.npy is missing; {path}/shard-00002.npy is missing" in err
     assert f"delete these and {path}/done.json" in err
+    status, _, err = say("info", path)
+    assert status == 2 and "shard-00000.npy, shard-00002.npy missing; see reflow-lab store verify" in err
 
 
 def test_pairs_that_the_teacher_would_not_make_are_named(folder, say):

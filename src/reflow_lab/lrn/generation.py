@@ -21,7 +21,7 @@ from torch import Tensor
 
 import reflow_lab
 
-from ..artifacts import Artifact, DiskFull, lock, read_json, remove_leftovers, write_atomically, write_json
+from ..artifacts import Artifact, DiskFull, file_hash, lock, read_json, remove_leftovers, write_atomically, write_json
 from ..errors import UserError, require
 from ..noise import Indices
 from ..parallel import rank, world_size
@@ -68,6 +68,10 @@ class Shards:
         """Of the stored half."""
         return int(np.prod(self.shape)) * DTYPES[self.dtype].itemsize
 
+    def damaged(self) -> list[int]:
+        """The shards that are no longer what their marks say."""
+        return [n for n in range(len(self)) if file_hash(self.path(n)) != self.mark(n).read_text()]
+
     def missing(self) -> list[int]:
         """The shards that are not there yet."""
         return [number for number in range(len(self)) if not self.is_there(number)]
@@ -106,14 +110,26 @@ def fill(made: Artifact, draw: Draw, conditions: dict[str, Any], numbers: Sequen
         agreed = agree(made.folder, conditions)
     with threads(agreed["threads"]):
         work(shards, draw, recipe["kind"], list(numbers if numbers is not None else range(len(shards))))
-    if shards.missing():
+        while not shards.missing():
+            with made.locked():
+                if made.is_done() or finished(made, shards, agreed):
+                    shards.clean()
+                    return True
+            work(shards, draw, recipe["kind"], shards.missing())
+    return False
+
+
+def finished(made: Artifact, shards: Shards, agreed: dict[str, Any]) -> bool:
+    """Write manifest and done-mark, unless a shard was damaged since it was drawn: then it no longer counts."""
+    if damaged := shards.damaged():
+        names = ", ".join(shard_name(n) for n in damaged[:5])
+        print(f"{made.folder}: {names} changed since drawn; drawn again", file=sys.stderr)
+        for number in damaged:
+            shards.mark(number).unlink()
         return False
-    with made.locked():
-        if not made.is_done():
-            described = shards.described()
-            write_manifest(made.folder, recipe, agreed, described)
-            made.finish({shard["file"]: shard["sha256"] for shard in described})
-    shards.clean()
+    described = shards.described()
+    write_manifest(made.folder, made.recipe, agreed, described)
+    made.finish({shard["file"]: shard["sha256"] for shard in described})
     return True
 
 

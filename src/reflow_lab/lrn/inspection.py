@@ -59,7 +59,7 @@ def parser() -> Parser:
     add("--batches", type=int, default=2, help="verify: how many batches, at random, are drawn again (default 2)")
     add("--tolerance", type=float, default=0.05, help="verify: norm of a pair's difference over its norm (default 0.05)")
     add("--teacher", help="verify: the run folder or weight file, where it no longer is where it was")
-    add("--velocity", help="diagnose: a run folder or weight file, whose loss bounds the straightness of the pairs")
+    add("--velocity", help="diagnose: a flow trained on these pairs (run folder or weight file): its loss, and the bias it adds")
     add("--seed", type=int, help="of the random choice; by default another one each time")
     add("--json", action="store_true", help="JSON on stdout, the text on stderr")
     return made
@@ -68,7 +68,8 @@ def parser() -> Parser:
 def described(store: PairStore) -> dict[str, str]:
     """The origin of a store, for people."""
     about, by = store.manifest, store.manifest["made_by"]
-    total = sum((store.folder / shard["file"]).stat().st_size for shard in about["shards"])
+    paths = [store.folder / shard["file"] for shard in about["shards"]]
+    total = sum(path.stat().st_size for path in paths if path.exists())
     shape, short = " x ".join(map(str, about["shape"])), {"solver": "", "grid": ""}
     for name in short:
         values = {key: value for key, value in about[name].items() if key != "_target_"}
@@ -110,6 +111,8 @@ def info(store: PairStore, args: Any) -> dict[str, Any]:
     lines = described(store)
     for name, text in lines.items():
         print(f"{name:9} {text}")
+    if gone := [shard["file"] for shard in store.manifest["shards"] if not (store.folder / shard["file"]).exists()]:
+        raise UserError(f"{store.folder}: {', '.join(gone[:5])} missing; see reflow-lab store verify")
     store, missing = with_images(store)
     if missing:
         print(f"images    not found, so only the stored half is shown: {missing}")
@@ -326,6 +329,8 @@ def bias(store: PairStore, velocity: MeanVelocity, marginal: Marginal, heldout: 
 def velocity_of(store: PairStore, run: str) -> MeanVelocity:
     """A trained flow, checked against the store's shape and classes."""
     path, about = files.find(run), store.manifest
+    if files.weights_hash(path) == about["teacher"]:
+        print("--velocity is the teacher of these pairs: it draws them again, so its bias says nothing")
     description = files.describe(path)
     shape, classes = list(description["shape"]), description["num_classes"]
     require(shape == about["shape"], "--velocity", path, f"makes samples of shape {shape}, the store holds {about['shape']}")

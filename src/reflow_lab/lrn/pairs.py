@@ -13,7 +13,7 @@ from .. import parts
 from ..artifacts import Artifact, artifact
 from ..data.sets import SampleSet
 from ..data.sources import DataSource
-from ..errors import require
+from ..errors import UserError, require
 from ..flow import MeanVelocity
 from ..inf.sampler import invert, sample
 from ..networks.precision import require_precision
@@ -34,8 +34,13 @@ def pairs(cfg: DictConfig) -> Path:
     parts.check(cfg)
     take_own_gpu()
     made = plan(cfg, cfg.pairs.kind)
-    whole = make(cfg, made, wanted_shards(cfg))
-    state = f"{made.recipe['count']:,} {cfg.pairs.kind} pairs" if whole else "unfinished: shards of other ranges are missing"
+    try:
+        whole = make(cfg, made, wanted_shards(cfg))
+    except KeyboardInterrupt:
+        print(f"stopped; whole shards are kept in {made.folder}, and the same command goes on")
+        raise
+    there, total = len(list(made.folder.glob("shard-*.npy"))), -(-made.recipe["count"] // made.recipe["shard_size"])
+    state = f"{made.recipe['count']:,} {cfg.pairs.kind} pairs" if whole else f"unfinished: {there} of {total} shards are there"
     if rank() == 0:
         print(f"pairs: {made.folder} ({state})")
     return made.folder
@@ -144,7 +149,7 @@ def ensure(cfg: DictConfig, kind: str, num_pairs: int | None = None, seed: int |
 def make(cfg: DictConfig, made: Artifact, numbers: range | None = None) -> bool:
     """Generate what is missing of a store, or of these shards of it; whether all of it is there now."""
     made.require_recipe()
-    if made.is_done():
+    if is_done(made):
         return True
     origin = {"teacher_path": str(cfg.teacher.path), "teacher_profile": cfg.teacher.profile, "data": located(cfg)}
     if made.recipe["kind"] == "projected":
@@ -156,6 +161,15 @@ def make(cfg: DictConfig, made: Artifact, numbers: range | None = None) -> bool:
         return solve(velocity, made.recipe, images, indices, device)
 
     return generation.fill(made, draw, generation.conditions(device, **origin), numbers)
+
+
+def is_done(made: Artifact) -> bool:
+    """Whether a store is finished; the error for a damaged one says how to draw no more than that shard again."""
+    try:
+        return made.is_done()
+    except UserError as error:
+        hint = "or, of a shard, delete the shard and done.json to draw only that again"
+        raise UserError(f"{error}, {hint}" if "shard-" in str(error) else str(error)) from None
 
 
 def located(cfg: DictConfig) -> dict[str, Any]:

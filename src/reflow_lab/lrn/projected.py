@@ -190,7 +190,19 @@ def fitted(path: Path, method: Method, side: Side, device: torch.device) -> Proj
         last = made.rounds[-1]
         state = f"distance {last.distance:.4g} (floor {last.floor:.4g}), moved by {last.displacement:.4g}"
         print(f"projection: lam_proj {last.lam_proj:g}, {state}{'' if last.kept else ', not kept'}")
-    return load(path, method, device)
+    ended = load(path, method, device)
+    print(f"projection: ended, {why(method, ended)}")
+    return ended
+
+
+def why(method: Method, ended: Projection) -> str:
+    """Why lam_proj rises no further."""
+    last = ended.rounds[-1]
+    if not last.kept:
+        return "the marginal came no nearer"
+    return (
+        "the marginal is met" if last.distance <= method.tolerance * last.floor else "lam_max is reached, the marginal is not met"
+    )
 
 
 def save(made: Projection, path: Path) -> None:

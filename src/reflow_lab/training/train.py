@@ -180,7 +180,7 @@ def optimise(cfg: DictConfig, folder: Path, network: nn.Module, ema: EMA, total:
     drawn = Prefetched(coupling) if device == "cuda" else coupling
     module = FlowModule(velocity, objective, drawn, seed=cfg.seed, **{name: options[name] for name in names})
     checkpoint, lines = folder / "last.ckpt", JSONLines(folder / "metrics.jsonl")
-    chosen = loggers(cfg, folder)
+    chosen, checkpoints = loggers(cfg, folder), Checkpoints(checkpoint, cfg.trainer.checkpoint_every_s)
     trainer = quiet_trainer(
         accelerator="gpu" if device == "cuda" else "cpu",
         devices=cfg.trainer.devices,
@@ -192,7 +192,7 @@ def optimise(cfg: DictConfig, folder: Path, network: nn.Module, ema: EMA, total:
             ema,
             Mix(counts),
             *watchers(cfg, folder, heldout),
-            Checkpoints(checkpoint, cfg.trainer.checkpoint_every_s),
+            checkpoints,
         ],  # the last holds what the others did
         plugins=[DurableCheckpoints()],
         default_root_dir=folder,
@@ -203,7 +203,7 @@ def optimise(cfg: DictConfig, folder: Path, network: nn.Module, ema: EMA, total:
         trainer.fit(module, Steps(), ckpt_path=resume, weights_only=True)
     finally:
         finish(chosen)
-    if trainer.global_step < total:
+    if trainer.global_step < total or checkpoints.interrupted:  # perhaps in the last step of all: a study must not go on
         print(f"stopped at step {trainer.global_step} of {total}, saved; the same command goes on")
         raise KeyboardInterrupt
 
