@@ -26,7 +26,7 @@ from .errors import require
 from .flow import MeanVelocity
 from .inf.sampler import sample
 from .lrn.couplings import Draws
-from .lrn.generation import conditions, fill
+from .lrn.generation import conditions, fill, threads
 from .lrn.pairs import solve
 from .lrn.store import DTYPES, PairStore, decode, encode, pair_noise
 from .networks.precision import InPrecision
@@ -153,15 +153,14 @@ def anonymous_mb() -> float:
 
 def noise_rates() -> dict[str, float]:
     """Noise of pairs at random, pairs/s on one thread: ours by index, and NumPy's Philox generator, which knows no index."""
-    indices, before = np.random.default_rng(0).integers(0, 10**6, 256), torch.get_num_threads()
+    indices = np.random.default_rng(0).integers(0, 10**6, 256)
     generator = np.random.Generator(np.random.Philox(0))
     ways = {
         "ours": lambda: pair_noise(1, indices, SHAPE),
         "numpy": lambda: generator.standard_normal((256, *SHAPE), dtype=np.float32),
     }
-    torch.set_num_threads(1)
-    times = race(ways, 10)
-    torch.set_num_threads(before)
+    with threads(1):
+        times = race(ways, 10)
     return {name: 256 / float(np.median(values[1:])) for name, values in times.items()}
 
 

@@ -194,8 +194,16 @@ def test_a_job_array_makes_its_ranges_and_the_last_one_finishes(tmp_path):
     assert not run(outputs, numbers=range(4, 10)) and len(list(made(outputs).folder.glob("shard-*.npy"))) == 6
     assert not made(outputs).is_done()
     assert run(outputs, numbers=range(0, 4)) and files_of(made(outputs).folder) == expected
-    with pytest.raises(UserError, match=r"pairs\.shards=10: the store has the shards 0 to 9"):
-        run(tmp_path / "other", numbers=range(8, 12))
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_range_beyond_the_shards_is_refused(tmp_path, finished):
+    words = ["teacher=run", f"teacher.path={teacher_file(tmp_path / 'teacher.safetensors')}"]
+    if finished:
+        pairs.pairs(config("pairs", tmp_path, *words))
+    with pytest.raises(UserError, match=r"pairs\.shards=2:4: the store has the shards 0:3"):
+        pairs.pairs(config("pairs", tmp_path, *words, "pairs.shards='2:4'"))
+    assert pairs.pairs(config("pairs", tmp_path, *words, "pairs.shards='2:3'")).exists()
 
 
 def test_ranks_begin_at_different_shards(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ Pure functions of pairs: x0 data and x1 noise, (n, ...); label (n,) integers or 
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -339,10 +339,8 @@ def with_mean(values: Tensor) -> dict[str, Any]:
 
 def table(found: dict[str, Any]) -> str:
     """What `diagnose` found, in lines of at most 80 characters."""
-    marginals = [found["moments"][name] | found.get("spectrum", {}).get(name, {}) for name in ("x0", "x1")]
-    white = WHITE | {"energy_std": (2 / math.prod(found["shape"])) ** 0.5}
-    lines = [f"{found['num']} pairs of shape {tuple(found['shape'])}", "", row("", "x0", "x1", "N(0, I)")]
-    lines += [row(name, *(values[name] for values in marginals), white.get(name, "")) for name in marginals[0]]
+    marginals = {name: values | found.get("spectrum", {}).get(name, {}) for name, values in found["moments"].items()}
+    lines = [f"{found['num']} pairs of shape {tuple(found['shape'])}", "", *beside_white(marginals, found["shape"])]
     straight = {name: found[name] for name in ("straightness", "neighbour_straightness") if name in found}
     scalars = {name: found[name] for name in ("reversed_share", "crossing_share") if name in found}
     lines += ["", *(row(name, value) for name, value in (scalars | {k: v["mean"] for k, v in straight.items()}).items())]
@@ -351,6 +349,14 @@ def table(found: dict[str, Any]) -> str:
     by_time = zip(found["times"], *columns.values(), strict=True) if columns else ()
     lines += ["", row("t", *columns, width=5)] if columns else []
     return "\n".join(lines + [row(f"{t:.3f}", *values, width=5) for t, *values in by_time])
+
+
+def beside_white(marginals: Mapping[str, Mapping[str, float]], shape: Sequence[int]) -> list[str]:
+    """Lines of the same numbers of several marginals, one a column, and what N(0, I) has of samples of this shape."""
+    white = WHITE | {"energy_std": (2 / math.prod(shape)) ** 0.5}
+    names = next(iter(marginals.values()))
+    lines = [row(name, *(values[name] for values in marginals.values()), white.get(name, "")) for name in names]
+    return [row("", *marginals, "N(0, I)"), *lines]
 
 
 def row(name: str, *values: float | str, width: int = 24) -> str:

@@ -100,7 +100,6 @@ def fill(made: Artifact, draw: Draw, conditions: dict[str, Any], numbers: Sequen
     """
     recipe = made.recipe
     shards = Shards(made.folder, recipe["count"], recipe["shard_size"], tuple(recipe["shape"]), recipe["dtype"])
-    require_shards(numbers, len(shards))
     with made.locked():
         if made.is_done():
             shards.clean()
@@ -131,12 +130,6 @@ def finished(made: Artifact, shards: Shards, agreed: dict[str, Any]) -> bool:
     write_manifest(made.folder, made.recipe, agreed, described)
     made.finish({shard["file"]: shard["sha256"] for shard in described})
     return True
-
-
-def require_shards(numbers: Sequence[int] | None, total: int) -> None:
-    """Raise a `UserError` unless all the shards asked for exist."""
-    wrong = [n for n in numbers or () if n >= total]
-    require(not wrong, "pairs.shards", f"{wrong[0] if wrong else ''}", f"the store has the shards 0 to {total - 1}")
 
 
 def agree(folder: Path, conditions: dict[str, Any]) -> dict[str, Any]:

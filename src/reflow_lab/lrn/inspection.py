@@ -34,7 +34,6 @@ from .store import PairStore, decode, encode
 DATA = "reflow_lab.data."  #: where a store's description of its data may point
 METHODS = "reflow_lab.lrn.projection"  #: of its projection
 RULES = "reflow_lab.inf."  #: of its solver and grid
-MOMENTS = ("mean", "std", "skewness", "kurtosis", "min", "max", "energy_mean", "energy_std")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -70,13 +69,9 @@ def described(store: PairStore) -> dict[str, str]:
     about, by = store.manifest, store.manifest["made_by"]
     paths = [store.folder / shard["file"] for shard in about["shards"]]
     total = sum(path.stat().st_size for path in paths if path.exists())
-    shape, short = " x ".join(map(str, about["shape"])), {"solver": "", "grid": ""}
-    for name in short:
-        values = {key: value for key, value in about[name].items() if key != "_target_"}
-        words = ", ".join(f"{key} {value}" for key, value in values.items())
-        short[name] = about[name]["_target_"].rpartition(".")[2] + (f" ({words})" if words else "")
+    shape, solver, grid = " x ".join(map(str, about["shape"])), in_words(about["solver"]), in_words(about["grid"])
     held = f"{len(store):,} {about['kind']} pairs of {shape}; {about['half']} stored as {about['dtype']}"
-    rules = f"{short['solver']} on {short['grid']}, {about['nfe']} NFE, t_max {about['t_max']:.6g}, {about['precision']}"
+    rules = f"{solver} on {grid}, {about['nfe']} NFE, t_max {about['t_max']:.6g}, {about['precision']}"
     threads_used = by["threads"] or "any"
     origin = f"{by['device']} ({by['processor']}), {threads_used} threads, torch {by['torch']}, reflow_lab {by['reflow_lab']}"
     lines = {
@@ -90,6 +85,12 @@ def described(store: PairStore) -> dict[str, str]:
     if about["half"] == "x1":
         lines["images"] = f"{by['data']['_target_']}, flips {about['flips']}, start noise {about['start_noise']}"
     return lines
+
+
+def in_words(node: dict[str, Any]) -> str:
+    """A member of a group by its class and settings, e.g. `DPM (r 0.4)`."""
+    settings = ", ".join(f"{key} {value}" for key, value in node.items() if key != "_target_")
+    return node["_target_"].rpartition(".")[2] + (f" ({settings})" if settings else "")
 
 
 def described_projection(about: dict[str, Any]) -> dict[str, str]:
@@ -122,11 +123,9 @@ def info(store: PairStore, args: Any) -> dict[str, Any]:
         some = ", ".join(map(str, counts[:20])) + (", ..." if len(counts) > 20 else "")
         print(f"classes   {len(counts)}, {least:,} to {most:,} pairs each: {some}")
     found = {name: diagnostics.moments(halves) for name, halves in sampled_halves(store, args).items()}
-    print(f"\n{'':4}" + "".join(f"{name:>12}" for name in MOMENTS) + f"   ({min(args.pairs, len(store)):,} pairs at random)")
-    for name, values in found.items():
-        print(f"{name:4}" + "".join(f"{values[key]:12.4f}" for key in MOMENTS))
-    ideal = (0, 1, 0, 3, "", "", 1, f"{(2 / np.prod(store.manifest['shape'])) ** 0.5:.4f}")
-    print("N01 " + "".join(f"{value:>12}" for value in ideal))
+    print(
+        f"\n{min(args.pairs, len(store)):,} pairs at random", *diagnostics.beside_white(found, store.manifest["shape"]), sep="\n"
+    )
     return {**store.manifest, "class_counts": counts, "moments": found}
 
 

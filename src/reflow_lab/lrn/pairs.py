@@ -21,6 +21,7 @@ from ..noise import Indices, chunks, normal
 from ..parallel import rank, take_own_gpu
 from ..parts import Teacher
 from . import generation, projected
+from .couplings import moved
 from .store import DTYPES, PairStore, pair_images, pair_labels, pair_noise
 
 VERSION = 3  #: of the recipe: increment when the same configuration means another result
@@ -34,12 +35,14 @@ def pairs(cfg: DictConfig) -> Path:
     parts.check(cfg)
     take_own_gpu()
     made = plan(cfg, cfg.pairs.kind)
+    total = -(-made.recipe["count"] // made.recipe["shard_size"])
+    wanted = wanted_shards(cfg, total)
     try:
-        whole = make(cfg, made, wanted_shards(cfg))
+        whole = make(cfg, made, wanted)
     except KeyboardInterrupt:
         print(f"stopped; whole shards are kept in {made.folder}, and the same command goes on")
         raise
-    there, total = len(list(made.folder.glob("shard-*.npy"))), -(-made.recipe["count"] // made.recipe["shard_size"])
+    there = len(list(made.folder.glob("shard-*.npy")))
     state = f"{made.recipe['count']:,} {cfg.pairs.kind} pairs" if whole else f"unfinished: {there} of {total} shards are there"
     if rank() == 0:
         print(f"pairs: {made.folder} ({state})")
@@ -128,14 +131,15 @@ def check(cfg: DictConfig, kind: str, count: int, source: DataSource) -> None:
     require(kind != "forward" or count <= distinct or cfg.pairs.start_noise, "pairs.num_forward", count, repeats)
 
 
-def wanted_shards(cfg: DictConfig) -> range | None:
-    """The shards that `pairs.shards` names, `first:end`; None for all of them."""
+def wanted_shards(cfg: DictConfig, total: int) -> range | None:
+    """The shards, of `total`, that `pairs.shards` names, `first:end`; None for all of them."""
     text = cfg.pairs.shards
     if text is None:
         return None
     first, _, end = str(text).partition(":")
     good = first.isdigit() and end.isdigit() and int(first) < int(end)
     require(good, "pairs.shards", text, "must be first:end, e.g. 0:10 for the shards 0 to 9")
+    require(int(end) <= total, "pairs.shards", text, f"the store has the shards 0:{total}")
     return range(int(first), int(end))
 
 
@@ -202,4 +206,5 @@ def start(
     else:
         x, label = pair_images(images, indices, recipe["flips"])
     noise = normal(seed, START_STREAM, indices, shape) if recipe["start_noise"] else None
-    return x.to(device), label.to(device) if label is not None and classes else None, None if noise is None else noise.to(device)
+    label, noise = (None if part is None else moved(part, device) for part in (label if classes else None, noise))
+    return moved(x, device), label, noise

@@ -31,7 +31,7 @@ from . import generation
 from .projection import Distance, HeldOut, Method, Projection, Round, Side, fit, sliced_w2_squared, w2_squared_exact
 from .store import PairStore
 
-VERSION = 1  #: of the recipe: increment when the same configuration means another result
+VERSION = 2  #: of the recipe: increment when the same configuration means another result
 MAP = "projection.safetensors"  #: the fitted map, in the store's folder
 NUM_JUDGED = 2000  #: held-out pairs, and as many of the data, by which a map is judged
 STREAM = "projection"
