@@ -87,6 +87,15 @@ def test_pairs_that_the_teacher_would_not_make_are_named(folder, say):
     assert status == 2 and re.search(r"pair=\d+: differs by \d\S* from what this teacher makes; at most 0\.05 is allowed", err)
 
 
+def test_a_manifest_of_another_version_is_named(folder, say):
+    path = folder()
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["made_by"]["processor"]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    status, _, err = say("info", path)
+    assert status == 2 and "made_by lacks processor" in err and err.count("\n") == 1
+
+
 def test_another_teacher_is_refused(folder, say, tmp_path):
     path, other = folder(), teacher_file(tmp_path / "other.safetensors")
     status, _, err = say("verify", path, "--teacher", other)

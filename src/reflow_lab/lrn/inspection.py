@@ -31,6 +31,7 @@ from .projected import Marginal
 from .projection import HeldOut
 from .store import PairStore, decode, encode
 
+ORIGIN = {"device", "processor", "threads", "torch", "reflow_lab", "teacher_path", "teacher_profile", "data"}
 DATA = "reflow_lab.data."  #: where a store's description of its data may point
 METHODS = "reflow_lab.lrn.projection"  #: of its projection
 RULES = "reflow_lab.inf."  #: of its solver and grid
@@ -42,6 +43,10 @@ def main(argv: Sequence[str]) -> None:
     require(args.pairs >= 1, "--pairs", args.pairs, "must be at least 1")
     store = PairStore(args.folder, None)
     require((args.folder / "manifest.json").exists(), "folder", args.folder, "holds no finished pair store")
+    if missing := sorted(ORIGIN - store.manifest["made_by"].keys()):
+        raise UserError(
+            f"{args.folder / 'manifest.json'}: made_by lacks {', '.join(missing)}: another version's; make the pairs again"
+        )
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
         found = VERBS[args.what](store, args)
     if args.json:
