@@ -189,7 +189,7 @@ def test_held_out_images_have_noise_of_their_own():
 
 def test_independent_noise_is_standard_and_independent_of_the_image():
     pairs = IndependentPairs(points(), SEED)
-    x0, x1, _ = pairs.read(np.arange(20_000) % 30, 0)
+    x0, x1, _, _ = pairs.read(np.arange(20_000) % 30, 0)
     assert x1.mean().item() == pytest.approx(0, abs=0.02) and x1.std().item() == pytest.approx(1, abs=0.02)
     assert abs(torch.corrcoef(torch.stack((x0[:, 0], x1[:, 0])))[0, 1]) < 0.03
 
@@ -280,7 +280,7 @@ def test_the_next_batch_is_drawn_ahead_and_its_error_waits_for_its_step():
 def test_a_batch_lies_on_one_device():
     images = points().to("cuda")
     batch = IndependentPairs(images, SEED).read(np.arange(5), 0)
-    assert all(tensor.device.type == "cuda" for tensor in batch)
+    assert all(tensor.device.type == "cuda" for tensor in batch[:3])
     assert torch.equal(batch.x1.cpu(), IndependentPairs(points(), SEED).read(np.arange(5), 0).x1)
 
 

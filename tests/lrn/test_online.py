@@ -44,7 +44,7 @@ def configured(tmp_path, teacher, *overrides):
 def test_pairs_are_where_the_teacher_carries_the_noise(tmp_path, exact):
     """N(0, 1/4): from t_max x1 to x0 = t_max x1 (1/2) / sqrt(t_max^2 + (1 - t_max)^2 / 4), to the solver's error."""
     source = online.open_online(configured(tmp_path, exact, "pairs.nfe=201"))
-    x0, x1, label = source.read(np.zeros(64, np.int64), 1000)
+    x0, x1, label, _ = source.read(np.zeros(64, np.int64), 1000)
     assert label is None and torch.equal(x1, normal(0, online.STREAM, np.arange(1000, 1064), (2,)))
     shrink = 0.5 * T_MAX / math.hypot(T_MAX, 0.5 * (1 - T_MAX))
     torch.testing.assert_close(x0, shrink * x1, rtol=2e-3, atol=1e-6)
@@ -53,7 +53,7 @@ def test_pairs_are_where_the_teacher_carries_the_noise(tmp_path, exact):
 
 def test_pairs_equal_a_stores_solve_of_the_same_noise(tmp_path, teacher, monkeypatch):
     cfg = configured(tmp_path, teacher)
-    x0, x1, _ = online.open_online(cfg).read(np.arange(16), 0)
+    x0, x1, _, _ = online.open_online(cfg).read(np.arange(16), 0)
     made, source = pairs.plan(cfg, "backward"), parts.data_source(cfg).split("train")
     monkeypatch.setattr(pairs, "pair_noise", lambda seed, indices, shape: normal(cfg.seed, online.STREAM, indices, shape))
     (stored,) = pairs.solve(parts.teacher(cfg).velocity(cfg), made.recipe, source, np.arange(16), torch.device("cpu"))
@@ -77,7 +77,7 @@ def test_labels_of_a_conditional_teacher(tmp_path):
     more = ["data=two_moons", "data.num_points=400", "net.network.num_classes=2"]
     path = teacher_file(tmp_path / "teacher.safetensors", *more, exact=False)
     source = online.open_online(configured(tmp_path, path, *more))
-    x0, x1, label = source.read(np.arange(500), 0)
+    x0, x1, label, _ = source.read(np.arange(500), 0)
     assert label.dtype == torch.int64 and 200 < label.sum() < 300 and set(label.tolist()) == {0, 1}
     other = sample(source.velocity, x1, label=1 - label, **source.sampling)
     assert (x0 != other).any(1).all()

@@ -32,7 +32,7 @@ def exact(x, t, s):
 
 def test_backward_pairs_are_the_flow_map_of_their_noise(cfg):
     store = pairs.ensure(cfg("pairs.nfe=399"), "backward")
-    x0, x1, label = store.read(np.arange(96))
+    x0, x1, label, _ = store.read(np.arange(96))
     torch.testing.assert_close(x0, exact(T_MAX * x1, T_MAX, 0.0), rtol=0, atol=1.5e-3)
     assert len(store) == 96 and label is None
     assert not torch.allclose(x0, exact(T_MAX * x1.flip(0), T_MAX, 0.0), atol=0.1)
@@ -41,7 +41,7 @@ def test_backward_pairs_are_the_flow_map_of_their_noise(cfg):
 def test_forward_pairs_are_the_inverse(cfg):
     settings = cfg("pairs.nfe=200")
     store = pairs.ensure(settings, "forward")
-    x0, x1, _ = store.read(INDICES)
+    x0, x1, _, _ = store.read(INDICES)
     assert torch.equal(x0, parts.data_source(settings).split("train").take(INDICES)[0])
     torch.testing.assert_close(exact(T_MAX * x1, T_MAX, 0.0), x0, rtol=0, atol=5e-3)
     back = sample(Gaussian(0.0, 0.5), x1, solver=HeunSigma(), grid=EDM(), nfe=199)
@@ -194,7 +194,7 @@ def test_a_conditional_teacher_sees_the_labels(cfg, tmp_path):
     path = teacher_file(tmp_path / "moons.safetensors", *CONDITIONAL, exact=False)
     settings = cfg("data=two_moons", "data.num_points=400", f"teacher.path={path}")
     velocity = files.load(path)
-    x0, x1, label = pairs.ensure(settings, "backward").read(np.arange(96))
+    x0, x1, label, _ = pairs.ensure(settings, "backward").read(np.arange(96))
     assert torch.equal(label, pair_labels(settings.pairs.seed, np.arange(96), 2)) and label.unique().tolist() == [0, 1]
     rules = {"solver": HeunSigma(), "grid": EDM(), "nfe": 9}
     torch.testing.assert_close(sample(velocity, x1, label=label, **rules), x0, rtol=1e-5, atol=1e-5)

@@ -43,7 +43,7 @@ def make(folder, kind="backward", dtype="float32", num_classes=0, flips=False):
 def test_backward_noise_is_regenerated_from_seed_and_index(tmp_path):
     store, values = make(tmp_path)
     indices = np.array([9, 0, 3, 4, 3])
-    x0, x1, label = store.read(indices)
+    x0, x1, label, _ = store.read(indices)
     assert torch.equal(x0, values[torch.from_numpy(indices)]) and label is None
     assert torch.equal(x1, pair_noise(SEED, np.arange(10), SHAPE)[torch.from_numpy(indices)])
     assert len(store) == 10 and store.kind == "backward"
@@ -53,7 +53,7 @@ def test_backward_noise_is_regenerated_from_seed_and_index(tmp_path):
 
 def test_forward_images_are_the_data_sets(tmp_path):
     store, values = make(tmp_path, "forward", num_classes=3)
-    x0, x1, label = store.read(np.array([8, 1]))
+    x0, x1, label, _ = store.read(np.array([8, 1]))
     expected, labels = images().take(np.array([8, 1]))
     assert torch.equal(x0, expected) and torch.equal(label, labels) and torch.equal(x1, values[[8, 1]])
     (tmp_path / "unlabelled").mkdir()

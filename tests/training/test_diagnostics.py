@@ -42,7 +42,7 @@ def measured(times, weight):
 
 def miss(t):
     """v - (x1 - x0), (32, 3)."""
-    x0, x1, _ = Heldout().batch(0)
+    x0, x1, _, _ = Heldout().batch(0)
     return LAW(interpolate(x0, x1, torch.tensor(t)), torch.full((32,), t)) - (x1 - x0)
 
 

@@ -42,7 +42,7 @@ def module(weight=None, **changed):
 def test_the_loss_is_flow_matching_at_the_keyed_times():
     """With weight 1/t^2 on the denoiser's loss: mean |v - (x1 - x0)|^2."""
     flow = module()
-    x0, x1, _ = Steps().batch(0)
+    x0, x1, _, _ = Steps().batch(0)
     expected = (flow.velocity.vector - (x1 - x0)).square().mean()
     torch.testing.assert_close(flow.training_step(None, 0), expected, rtol=1e-4, atol=1e-5)
     u = uniform(3, "training/times", np.arange(6))[:, 0]

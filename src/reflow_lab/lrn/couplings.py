@@ -14,6 +14,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from ..data.augment import AUGMENT_DIM, UNCHANGED, Augmentation
 from ..data.sets import SampleSet
 from ..errors import require
 from ..noise import Indices, batch_indices, normal
@@ -32,15 +33,17 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class Batch(NamedTuple):
-    """Pairs: x0 data and x1 noise, (n, ...) float32; label (n,) int64 or None."""
+    """Pairs: x0 data and x1 noise, (n, ...) float32; label (n,) int64 or None; augment: labels (n, 9) float32 or None."""
 
     x0: Tensor
     x1: Tensor
     label: Tensor | None
+    augment: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """All of it on one device."""
-        return Batch(moved(self.x0, device), moved(self.x1, device), None if self.label is None else moved(self.label, device))
+        label, augment = (None if extra is None else moved(extra, device) for extra in self[2:])
+        return Batch(moved(self.x0, device), moved(self.x1, device), label, augment)
 
 
 class Coupling(Protocol):
@@ -63,20 +66,24 @@ class Pairs(Protocol):
 
 @dataclass(frozen=True)
 class IndependentPairs:
-    """An image with fresh noise each time it is drawn: the coupling of a base flow."""
+    """An image with fresh noise each time it is drawn: the coupling of a base flow. Held-out images stay as they are."""
 
     stream: ClassVar[str] = "coupling/independent"
     images: SampleSet
     seed: int
+    augmentation: Augmentation = UNCHANGED
 
     def __len__(self) -> int:
         return len(self.images)
 
     def read(self, indices: Indices, position: int) -> Batch:
-        """x1 is keyed by the sample's position in training, not by its image."""
+        """x1 and what is done to x0 are keyed by the sample's position in training, not by its image."""
         x0, label = self.images.take(indices)
         positions = np.arange(position, position + len(indices))
-        return Batch(x0, normal(self.seed, self.stream, positions, self.images.shape), label).to(x0.device)
+        x1 = normal(self.seed, self.stream, positions, self.images.shape)
+        augmentation = self.augmentation if position < HELD_OUT else UNCHANGED
+        x0, augment = augmentation(x0, self.seed, self.stream, positions)
+        return Batch(x0, x1, label, augment).to(x0.device)
 
 
 def assignment(x0: Tensor, x1: Tensor, label: Tensor | None = None) -> Tensor:
@@ -107,8 +114,9 @@ class MinibatchOTPairs(IndependentPairs):
 
     def read(self, indices: Indices, position: int) -> Batch:
         """Labels stay with their images; the cost is the squared distance."""
-        x0, x1, label = super().read(indices, position)
-        return Batch(x0, x1[assignment(x0, x1, label if self.by_class else None).to(x1.device)], label)
+        batch = super().read(indices, position)
+        order = assignment(batch.x0, batch.x1, batch.label if self.by_class else None)
+        return batch._replace(x1=batch.x1[order.to(batch.x1.device)])
 
 
 @dataclass(frozen=True)
@@ -153,13 +161,14 @@ class Mixed:
     parts: tuple[Coupling, ...]
 
     def batch(self, step: int) -> Batch:
-        """See `Coupling`; labels come only where every part has them."""
+        """See `Coupling`; labels come only where every part has them, augmentation labels where one has (0: not augmented)."""
         batches = [part.batch(step) for part in self.parts]
         if len(batches) == 1:
             return batches[0]
-        x0, x1, label = zip(*batches, strict=True)
+        x0, x1, label, augment = zip(*batches, strict=True)
         labels = None if any(y is None for y in label) else torch.cat(label)
-        return Batch(torch.cat(x0), torch.cat(x1), labels)
+        done = [x.new_zeros(len(x), AUGMENT_DIM) if a is None else a for x, a in zip(x0, augment, strict=True)]
+        return Batch(torch.cat(x0), torch.cat(x1), labels, torch.cat(done) if any(a is not None for a in augment) else None)
 
 
 class Prefetched:

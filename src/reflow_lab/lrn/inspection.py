@@ -295,7 +295,7 @@ def diagnose(store: PairStore, args: Any) -> dict[str, Any]:
     """
     store, missing = with_images(store)
     require(not missing, "folder", store.folder, missing)
-    x0, x1, label = store.read(chosen(store, args))
+    x0, x1, label, _ = store.read(chosen(store, args))
     label = label if store.manifest["num_classes"] else None
     velocity = velocity_of(store, args.velocity) if args.velocity else None
     found = diagnostics.diagnose(x0, x1, label, velocity, num_neighbours=min(64, len(x0) // 8))

@@ -22,8 +22,16 @@ class InPrecision(nn.Module):
         self.velocity, self.dtype = velocity, AUTOCAST[precision]
 
     def forward(
-        self, x_t: Tensor, t: Tensor, s: Tensor | None = None, *, label: Tensor | None = None, lam_guid: Tensor | None = None
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        s: Tensor | None = None,
+        *,
+        label: Tensor | None = None,
+        lam_guid: Tensor | None = None,
+        augment: Tensor | None = None,
     ) -> Tensor:
-        """See `MeanVelocity`."""
+        """See `MeanVelocity`; augmentation labels (n, augment_dim), where given, go to a velocity that takes them."""
+        more = {} if augment is None else {"augment": augment}
         with torch.autocast(x_t.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
-            return self.velocity(x_t, t, s, label=label, lam_guid=lam_guid).to(x_t.dtype)
+            return self.velocity(x_t, t, s, label=label, lam_guid=lam_guid, **more).to(x_t.dtype)

@@ -28,7 +28,7 @@ class AtTime(NamedTuple):
 
 def at_time(module: FlowModule, batch: Batch, t: float) -> AtTime:
     """The pairs at one time t; the gradient is that of the weighted loss in the velocity, per sample."""
-    x0, x1, label = batch
+    x0, x1, label, _ = batch
     times = torch.full((len(x0),), t, device=module.device)
     answers: list[Tensor] = []
 

@@ -1,5 +1,6 @@
 """Training a flow: the same module for a base flow and a ReFlow, which differ in coupling and start."""
 
+import functools
 import math
 from typing import Any
 
@@ -61,10 +62,11 @@ class FlowModule(L.LightningModule):
         """The mean weighted loss of step `global_step`; the loader's item is ignored, since batches are keyed by the step."""
         step = self.global_step
         self._seed_dropout(step)
-        x0, x1, label = self.coupling.batch(step).to(self.device)
+        x0, x1, label, augment = self.coupling.batch(step).to(self.device)
         positions = np.arange(step * self.batch_size, step * self.batch_size + len(x0))
         u = moved(uniform(self.seed, "training/times", positions)[:, 0], self.device)
-        self.losses = self.objective(self.velocity, x0, x1, u, label)
+        velocity = self.velocity if augment is None else functools.partial(self.velocity, augment=augment)
+        self.losses = self.objective(velocity, x0, x1, u, label)
         return self.losses.total.mean()
 
     def _seed_dropout(self, step: int) -> None:
