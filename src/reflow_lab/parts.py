@@ -57,9 +57,9 @@ def check(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key)
         require(is_number(value) and value >= 0, key, value, "must be a number of at least 0")
     intervals = ("trainer.log_every_kimg", "trainer.diagnostics_every_kimg", "trainer.few_step_every_kimg")
-    for key in ("training.lr", "training.gradient_clip", *intervals):
+    for key in ("training.lr", "training.gradient_clip", "training.snapshot_every_kimg", *intervals):
         value = OmegaConf.select(cfg, key)
-        off = value is None and key == "training.gradient_clip"
+        off = value is None and key in ("training.gradient_clip", "training.snapshot_every_kimg")
         require(off or (is_number(value) and value > 0), key, value, "must be a positive number")
     require(cfg.seed < 2**31, "seed", cfg.seed, "must be below 2^31")
     require(is_number(cfg.t_max) and 0 < cfg.t_max <= 1, "t_max", cfg.t_max, "must lie in (0, 1]")
@@ -87,6 +87,16 @@ def check_lists(cfg: DictConfig) -> None:
     require(pair, "training.betas", betas, "must be two numbers in [0, 1)")
     positive = isinstance(halflives, list) and all(is_number(halflife) and halflife > 0 for halflife in halflives)
     require(positive, "training.ema_halflives_mimg", halflives, "must be a list of positive numbers")
+    check_sigma_rels(plain(cfg.training.ema_sigma_rels), cfg.training.snapshot_every_kimg)
+
+
+def check_sigma_rels(sigma_rels: Any, every_kimg: float | None) -> None:
+    """Raise a `UserError` for widths that no power-function average has, and for snapshots of none."""
+    widths = isinstance(sigma_rels, list) and all(is_number(s) and 0 < s < 0.288 and s == round(s, 3) for s in sigma_rels)
+    allowed = "must be a list of numbers between 0 and 0.288, to three decimals, as snapshots are named by them"
+    require(widths and len({*sigma_rels}) == len(sigma_rels), "training.ema_sigma_rels", sigma_rels, allowed)
+    nothing = "there is nothing to store: give training.ema_sigma_rels too, e.g. [0.05,0.1]"
+    require(every_kimg is None or bool(sigma_rels), "training.snapshot_every_kimg", every_kimg, nothing)
 
 
 def check_paths(cfg: DictConfig) -> None:

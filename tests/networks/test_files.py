@@ -140,6 +140,13 @@ def test_a_run_offers_its_profiles(tmp_path):
         files.find(folder, "ema7")
 
 
+def test_without_a_halflife_the_widest_tracked_average_is_the_default_and_a_later_one_is_offered(tmp_path):
+    folder = run_folder(tmp_path, ["raw", "sigma0.05", "sigma0.1"])
+    (folder / "weights" / "sigma0.15.safetensors").write_bytes((folder / "weights" / "raw.safetensors").read_bytes())
+    assert files.find(folder).stem == "sigma0.1" and files.find(folder, "sigma0.15").stem == "sigma0.15"
+    assert files.find(run_folder(tmp_path / "both", ["raw", "sigma0.1", "ema0.5"])).stem == "ema0.5"
+
+
 def test_a_run_without_averages_offers_its_raw_weights(tmp_path):
     assert files.find(run_folder(tmp_path, ["raw"])).stem == "raw"
 

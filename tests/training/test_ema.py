@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from reflow_lab.errors import UserError
-from reflow_lab.training.ema import EMA, ema_name
+from reflow_lab.training.ema import EMA, ema_name, snapshot_name
 from reflow_lab.training.module import FlowModule
+from reflow_lab.training.power_ema import sigma_rel_to_gamma
 
 BATCH = 100
 
@@ -80,3 +81,21 @@ def test_names_are_short_and_values_checked():
     assert [ema_name(h) for h in (0.5, 0.002, 10, 1e-4)] == ["ema0.5", "ema0.002", "ema10", "ema0.0001"]
     with pytest.raises(UserError, match=r"training\.ema_halflives_mimg=0: half-lives must be positive"):
         EMA([0.5, 0])
+
+
+def test_power_function_averages_beside_the_others():
+    """sigma_rel: beta = (before / after)^(gamma + 1); the first step takes the weights as they are."""
+    ema, flow = EMA([0.5], [0.05, 0.1]), module()
+    assert list(ema.betas) == ["ema0.5", "sigma0.05", "sigma0.1"]
+    ema.on_fit_start(None, flow)
+    history = list(walk(ema, flow, 50))
+    for name, width in (("sigma0.05", 0.05), ("sigma0.1", 0.1)):
+        ends = (torch.arange(51, dtype=torch.float64) / 50) ** (sigma_rel_to_gamma(width) + 1)
+        expected = (ends.diff() * torch.tensor(history, dtype=torch.float64)).sum().item()
+        assert ema.averages[name][0][0, 0].item() == pytest.approx(expected, abs=1e-5)
+    assert abs(history[-1] - expected) > 1e-3
+
+
+def test_snapshot_names_tell_every_image_apart():
+    assert snapshot_name(1_280_064, 0.05) == "0001280.064kimg-0.050.safetensors"
+    assert snapshot_name(32, 0.1) == "0000000.032kimg-0.100.safetensors"

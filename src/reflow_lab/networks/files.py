@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..artifacts import Artifact, file_hash, write_atomically
+from ..artifacts import Artifact, file_hash, read_json, write_atomically
 from ..errors import UserError, bad_value
 
 NETWORKS = "reflow_lab.networks."  #: the only place that a file's `_target_` may name
@@ -23,10 +23,15 @@ def save(network: nn.Module, path: Path, description: dict[str, Any], dtype: tor
 
     `dtype` stores the floating-point tensors in another precision; they are read back as float32.
     """
-    state = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
-    state = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in state.items()}
+    state = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in network.state_dict().items()}
+    save_state(state, path, description)
+
+
+def save_state(state: Mapping[str, Tensor], path: Path, description: dict[str, Any]) -> None:
+    """Write a network's tensors as `save` does."""
+    plain = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     metadata = {"reflow_lab": json.dumps(description, sort_keys=True)}
-    write_atomically(path, lambda p: save_file(state, p, metadata))
+    write_atomically(path, lambda p: save_file(plain, p, metadata))
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -45,7 +50,7 @@ def describe(path: Path) -> dict[str, Any]:
 def find(source: str | Path, profile: str | None = None) -> Path:
     """The weight file that a run folder or a file name means; `package:NAME` names one that ships with the package.
 
-    In a run folder `profile` picks among raw and the averages; by default the average with the longest half-life.
+    In a run folder `profile` picks among raw and the averages; `default_profile` says which it is by default.
     """
     if str(source).startswith("package:"):
         return Path(__file__).parents[1] / "data" / "weights" / str(source).removeprefix("package:")
@@ -55,11 +60,23 @@ def find(source: str | Path, profile: str | None = None) -> Path:
     files = {p.stem: p for p in sorted((path / "weights").glob("*.safetensors"))}
     if not files or not Artifact(path, {}).is_done():
         raise UserError(f"{path}: holds no finished training run; repeat its train command to resume it")
-    default = max((name for name in files if name != "raw"), key=lambda n: float(n.removeprefix("ema")), default="raw")
-    name = profile or default
+    name = profile or default_profile(path)
     if name not in files:
         raise bad_value("profile", name, f"allowed: {', '.join(files)}")
     return files[name]
+
+
+def default_profile(run: Path) -> str:
+    """The average with the longest half-life; without one the widest power-function average; without any the raw weights.
+
+    Only what training wrote counts: an average that was reconstructed afterwards does not change the default.
+    """
+    written = [Path(name) for name in read_json(run / "done.json")["files"]]
+    names = [path.stem for path in written if path.parent.name == "weights"]
+    for kind in ("ema", "sigma"):
+        if found := [name for name in names if name.startswith(kind)]:
+            return max(found, key=lambda name: float(name.removeprefix(kind)))
+    return "raw"
 
 
 def is_own(target: str, package: str = NETWORKS) -> bool:

@@ -34,7 +34,7 @@ from ..lrn.couplings import (
 from ..networks import files
 from ..networks.precision import InPrecision
 from .diagnostics import ByTime, Mix
-from .ema import EMA
+from .ema import EMA, Snapshots
 from .few_step import FewStep
 from .lifecycle import Checkpoints, DurableCheckpoints, JSONLines, Report, Steps
 from .module import FlowModule
@@ -160,7 +160,7 @@ def steps(cfg: DictConfig) -> int:
 def fit(cfg: DictConfig, made: Artifact) -> None:
     """Run the training and write the weights; raises `KeyboardInterrupt`, with everything saved, when it was interrupted."""
     network = start(cfg)
-    ema = EMA(cfg.training.ema_halflives_mimg)
+    ema = EMA(cfg.training.ema_halflives_mimg, cfg.training.ema_sigma_rels)
     if total := steps(cfg):
         optimise(cfg, made.folder, network, ema, total)
     write_weights(cfg, made.folder, network, ema)
@@ -190,6 +190,7 @@ def optimise(cfg: DictConfig, folder: Path, network: nn.Module, ema: EMA, total:
             *more,
             instantiate(cfg.lrn.dropout),
             ema,
+            *snapshots(cfg, folder, network, ema),
             Mix(counts),
             *watchers(cfg, folder, heldout),
             checkpoints,
@@ -206,6 +207,16 @@ def optimise(cfg: DictConfig, folder: Path, network: nn.Module, ema: EMA, total:
     if trainer.global_step < total or checkpoints.interrupted:  # perhaps in the last step of all: a study must not go on
         print(f"stopped at step {trainer.global_step} of {total}, saved; the same command goes on")
         raise KeyboardInterrupt
+
+
+def snapshots(cfg: DictConfig, folder: Path, network: nn.Module, ema: EMA) -> list[L.Callback]:
+    """What stores the power-function averages on the way, if asked."""
+    options = cfg.training
+    if options.snapshot_every_kimg is None:
+        return []
+    how = {"sigma_rels": parts.plain(options.ema_sigma_rels), "every_kimg": options.snapshot_every_kimg}
+    about = description(cfg) | {"run": folder.name}
+    return [Snapshots(ema, network, folder / "snapshots", about, **how)]
 
 
 def announced(mixture: Mixture, objective: Objective, batch_size: int) -> dict[str, int]:
