@@ -162,6 +162,21 @@ def described(path: Path, source: DataSource, key: str) -> Teacher:
     return Teacher(path, digest, description)
 
 
+def settle_net(cfg: DictConfig) -> None:
+    """Put the teacher's own network in the place of `net=teacher`, by its weight file; whatever else stands under `net` goes.
+
+    Everything after this sees plain settings. Raises a `UserError` where there is no teacher.
+    """
+    if cfg.net.get("from") is None:
+        return
+    require(cfg.net["from"] == "teacher", "net.from", cfg.net["from"], "must be teacher: the network of its weight file")
+    require(cfg.teacher.path is not None, "net", "teacher", "needs a teacher, whose network it takes: this has teacher=none")
+    path = files.find(cfg.teacher.path, cfg.teacher.profile)
+    net = files.describe(path)["net"]
+    files.require_own(net, files.NETWORKS, path)
+    cfg.net = net
+
+
 def net_classes(cfg: DictConfig) -> int:
     """Classes that the configured network takes."""
     inner = cfg.net.get("network", cfg.net)

@@ -250,3 +250,18 @@ def test_mistakes_are_found_before_any_training(run, work, forbid_training, word
     status, _, errors = run(word)
     assert status == 2 and len(errors) == 1 and errors[0].startswith(f"reflow-lab: {line}")
     assert not Path("outputs").exists()
+
+
+AFTER = (("again", "wide"), ("and again", "again"))
+
+
+def test_a_row_may_have_the_network_of_the_row_that_teaches_it(toy, run, work):
+    """Which is not the one of the study's teacher: the first row trains a wider one from scratch."""
+    wide = ["net.network.width=48", "training.start=scratch"]
+    rows = [{"name": "wide", "overrides": wide}, *({"name": n, "overrides": ["net=teacher"], "teacher": t} for n, t in AFTER)]
+    write(work, overrides=SHORT, rows=rows, nfe=[1])
+    words = [word for word in toy.words("outputs=outputs") if not word.startswith("net")]
+    assert cli.main(["study", "study=ladder", *words]) == 0
+    runs = [files.find(cell["run"]) for cell in cells()]
+    assert [files.describe(path)["net"]["network"]["width"] for path in runs] == [48, 48, 48]
+    assert len({*runs}) == 3

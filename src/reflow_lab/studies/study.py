@@ -177,15 +177,17 @@ def taught(cfg: DictConfig, teacher: Path) -> DictConfig:
 def check_taught(planned: Planned, teacher: Planned) -> None:
     """Raise a `UserError` if a row could not be trained from another one, which may be untrained itself.
 
-    For its weights stands a file of their description alone: a check reads no more.
+    For its weights stands a file of their description alone: a check reads no more. With `net=teacher` the row has that network.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "teacher.safetensors"
         files.save(nn.Identity(), path, train.description(teacher.training))
+        changed = taught(planned.training, path)
         try:
-            train.plan(taught(planned.training, path))
+            train.plan(changed)
         except UserError as error:
             raise UserError(str(error).replace(str(path), f"the row {teacher.row.name}")) from None
+    planned.training.net = changed.net
 
 
 def require_comparable(plans: Sequence[Planned]) -> None:

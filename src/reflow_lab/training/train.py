@@ -59,7 +59,8 @@ def train(cfg: DictConfig) -> Path:
 
 
 def plan(cfg: DictConfig) -> Artifact:
-    """The artifact of a run: the configuration that changes it, and the hashes of data, start and pairs."""
+    """The artifact of a run: the configuration that changes it, and the hashes of data, start and pairs; settles `net=teacher`."""
+    parts.settle_net(cfg)
     source = parts.data_source(cfg)
     mixture = instantiate(cfg.lrn.coupling)
     kinds = mixture.weights if cfg.training.total_kimg else {}
