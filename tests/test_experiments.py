@@ -19,10 +19,12 @@ from reflow_lab.training import train
 
 (STUDIES,) = [folder for folder in experiments_dirs() if folder.parent == conf_dir().parent]
 NAMES = sorted(str(path.relative_to(STUDIES).with_suffix("")) for path in STUDIES.rglob("*.yaml"))
-SCALES = [[], *([f"scale={path.stem}"] for path in sorted((conf_dir() / "scale").glob("*.yaml")))]
+SCALES = sorted(path.stem for path in (conf_dir() / "scale").glob("*.yaml"))
+SMALL = [[], *([f"scale={name}"] for name in SCALES if name != "h100_30min")]  # what 10,000 images of Fashion-MNIST are enough for
 EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
 T_MAX = f"t_max={80 / 81}"  # null for `evaluate`: the run's own
-OFFLINE = [name for name in EXPERIMENTS if not name.startswith("cifar10")]  # whose data are at hand
+FOREIGN = ("cifar10", "afhqv2", "ffhq", "imagenet64")  # whose data are not at hand
+OFFLINE = [name for name in EXPERIMENTS if not name.startswith(FOREIGN)]
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +43,9 @@ def needed(toy, tmp_path_factory):
     def needed(name):
         if name.startswith("custom"):
             return [f"data.path={folder}"]
-        return {"toy": [f"teacher.path={toy.teacher}", "net.network.width=32"], "cifar10": ["teacher.path=none.safetensors"]}.get(
-            name, []
-        )
+        if name in FOREIGN:
+            return ["teacher.path=none.safetensors"]
+        return [f"teacher.path={toy.teacher}", "net.network.width=32"] if name == "toy" else []
 
     def both(name):
         return [*needed(name), *([f"data.path={folder}", "teacher=none"] if name == "custom" else [])]
@@ -54,8 +56,8 @@ def needed(toy, tmp_path_factory):
 def test_the_search_found_the_files():
     assert {"quickstart", "simple_reflow/coupling", "simple_reflow/rectifications", "simple_reflow/own_loss"} <= set(NAMES)
     assert all(study.find(name) == STUDIES / f"{name}.yaml" for name in NAMES)
-    assert {"quickstart", "quickstart_base", "cifar10", "custom", "toy"} <= set(EXPERIMENTS)
-    assert len(SCALES) >= 3
+    assert {"quickstart", "toy", "custom", *FOREIGN} <= set(EXPERIMENTS)
+    assert {"mini", "h100_30min", "paper"} <= set(SCALES)
 
 
 @functools.cache
@@ -65,7 +67,7 @@ def planned(name, *given):
     return described, study.plan(described, [0], list(given))
 
 
-@pytest.mark.parametrize("scale", SCALES, ids=lambda scale: "".join(scale) or "scale of the study")
+@pytest.mark.parametrize("scale", SMALL, ids=lambda scale: "".join(scale) or "scale of the study")
 @pytest.mark.parametrize("name", NAMES)
 def test_all_rows_could_be_trained_and_measured(hydra, name, scale):
     """Composed as the study does, and checked as it does before it trains: pairs, batches, splits, samplers at every NFE."""
@@ -74,7 +76,7 @@ def test_all_rows_could_be_trained_and_measured(hydra, name, scale):
     for found in plans:
         cfg = found.configs[0]
         assert [c.nfe for c in found.configs] == list(described.nfe)
-        assert not scale or cfg.evaluation == compose("train", scale).evaluation
+        assert cfg.budget == compose("train", [described.overrides[0], *scale]).budget or not scale
         for node in (*cfg.dyn.values(), *cfg.lrn.values(), *cfg.inf.values()):
             assert instantiate(node) is not None
 
@@ -109,6 +111,19 @@ def test_an_experiment_composes_into_the_verb(hydra, needed, name, verb):
     assert sum(p.numel() for p in network.parameters()) > 1000
     for node in (*cfg.dyn.values(), *cfg.lrn.values(), *cfg.inf.values(), cfg.pairs.solver, cfg.pairs.grid):
         assert instantiate(node) is not None
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name.startswith((*FOREIGN, "custom"))])
+def test_an_experiment_has_every_scale(hydra, needed, name, scale):
+    """Its stage takes the budget; half an hour of a GPU is for at most 28M parameters."""
+    cfg = compose("train", [f"experiment={name}", f"scale={scale}", *needed(name)])
+    parts.check(cfg)
+    stage = cfg.budget.base if "base" in name else cfg.budget.reflow
+    assert {key: cfg.training[key] for key in stage if key in cfg.training} == stage
+    with torch.device("meta"):
+        size = sum(p.numel() for p in instantiate(cfg.net).parameters())
+    assert size <= {"demo": 2e6, "mini": 2e6, "h100_30min": 28e6, "paper": 3e8}[scale]
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

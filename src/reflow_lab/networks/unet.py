@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import require
+from .attention import scaled_dot_product
+from .edm import GroupNorm
 from .embedding import Conditioning
 
 
@@ -18,9 +20,9 @@ def zero_init(layer: nn.Conv2d) -> nn.Conv2d:
     return layer
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
+def group_norm(channels: int) -> GroupNorm:
     """Group normalisation with 8 channels a group."""
-    return nn.GroupNorm(channels // 8, channels)
+    return GroupNorm(channels // 8, channels)
 
 
 class ResBlock(nn.Module):
@@ -58,7 +60,7 @@ class SelfAttention(nn.Module):
         """(n, c, h, w) to the same shape."""
         n, c, h, w = x.shape
         q, k, v = self.qkv(self.norm(x)).reshape(n, 3, self.num_heads, -1, h * w).transpose(-1, -2).unbind(1)
-        attended = F.scaled_dot_product_attention(q, k, v)
+        attended = scaled_dot_product(q, k, v)
         return x + self.out(attended.transpose(-1, -2).reshape(n, c, h, w))
 
 
@@ -67,7 +69,7 @@ class UNet(nn.Module):
 
     `patch` x `patch` pixels are folded into channels first. Level i has `num_blocks` blocks of `channels * multipliers[i]`
     channels on each side, at `resolution / patch / 2^i` pixels; each block's output is a skip to its mirror image.
-    Self-attention sits in the middle. `channels` is a multiple of 8.
+    Self-attention sits in the middle. `channels` is a multiple of 8. `augment_dim` is the length of the augmentation label.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class UNet(nn.Module):
         num_blocks: int = 1,
         patch: int = 2,
         dropout: float = 0.1,
+        augment_dim: int = 0,
     ) -> None:
         super().__init__()
         self.in_channels, self.resolution, self.num_classes, self.patch = in_channels, resolution, num_classes, patch
@@ -88,6 +91,7 @@ class UNet(nn.Module):
         require(resolution % factor == 0, "resolution", resolution, f"must be a multiple of {factor} for this network")
         dim, widths = 2 * channels, [channels * m for m in multipliers]
         self.conditioning = Conditioning(dim, num_classes)
+        self.map_augment = nn.Linear(augment_dim, dim, bias=False) if augment_dim else None
         self.stem = nn.Conv2d(in_channels * patch**2, channels, 3, padding=1)
         self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
         for below, width in zip([channels, *widths], widths, strict=False):
@@ -102,9 +106,12 @@ class UNet(nn.Module):
         self.head_norm = group_norm(channels)
         self.head = zero_init(nn.Conv2d(channels, in_channels * patch**2, 3, padding=1))
 
-    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        """F(x, t, label): x (n, c, h, w), t (n,), label (n,) or None."""
-        embedding = F.silu(self.conditioning(t, label))
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
+        """F(x, t, label): x (n, c, h, w), t (n,), label (n,) or None, augment (n, augment_dim) or None."""
+        embedding = self.conditioning(t, label)
+        if self.map_augment is not None and augment is not None:
+            embedding = embedding + self.map_augment(augment)
+        embedding = F.silu(embedding)
         h, skips = self.stem(F.pixel_unshuffle(x, self.patch)), []
         for level, blocks in enumerate(self.encoder):
             h = self.downs[level - 1](h) if level else h
