@@ -10,8 +10,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
-import re
 import sys
 import tempfile
 import time
@@ -162,17 +160,10 @@ def configured(overrides: Sequence[str], device: str, sizes: Sizes) -> DictConfi
 def machine(cfg: DictConfig) -> dict[str, Any]:
     """What the figures were measured with."""
     device = parts.device(cfg)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    known = {"device": device.type, "device_name": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    known = {"device": device.type, "device_name": parts.device_name(cfg), "cores": os.cpu_count()}
+    known["threads"] = torch.get_num_threads()
     packages = ("torch", "lightning", "torchcfm", "torchdiffeq", "torchdyn")
     return known | {"precision": cfg.precision, "versions": {p: importlib.metadata.version(p) for p in packages if has(p)}}
-
-
-def processor() -> str:
-    """The processor's name."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def has(package: str) -> bool:

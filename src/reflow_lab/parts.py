@@ -2,6 +2,8 @@
 
 import functools
 import json
+import platform
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,19 @@ def device(cfg: DictConfig) -> torch.device:
     if cfg.trainer.accelerator == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def device_name(cfg: DictConfig) -> str:
+    """The name of that device, which goes beside every time that was measured on it."""
+    found = device(cfg)
+    return torch.cuda.get_device_name(found) if found.type == "cuda" else processor()
+
+
+def processor() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def data_source(cfg: DictConfig) -> DataSource:

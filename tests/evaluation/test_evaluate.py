@@ -265,3 +265,21 @@ def test_weights_that_make_nan_are_refused(toy: Lab, tmp_path: Path) -> None:
     for _ in range(2):  # nothing half-written is taken for whole
         with pytest.raises(UserError, match=r"nan\.safetensors: made NaN or infinite samples"):
             evaluate.evaluate(cfg)
+
+
+# Costs
+
+
+def test_the_cost_of_sampling(toy: Lab, measure) -> None:  # type: ignore[no-untyped-def]
+    """Memory grows with the batch, by what a layer holds, and is at least that of the weights; the device is named."""
+    small, large = measure("nfe=2", "evaluation.batch_size=100"), measure("nfe=2", "evaluation.batch_size=400")
+    weights = sum(t.numel() * 4 for t in files.load(files.find(toy.teacher)).state_dict().values()) / 1e6
+    assert weights < small["peak_memory_mb"] < large["peak_memory_mb"]
+    assert large["peak_memory_mb"] - weights == pytest.approx(4 * (small["peak_memory_mb"] - weights), rel=0.05)
+    assert small["device"] == parts.processor() and small["ms_per_image"] > 0
+
+
+def test_a_single_batch_is_measured_as_several_are(toy: Lab, measure) -> None:  # type: ignore[no-untyped-def]
+    one, several = measure("nfe=3", "evaluation.batch_size=1000"), measure("nfe=3", "evaluation.batch_size=400")
+    assert one["nfe"] == several["nfe"] == 3
+    assert one["paired_rmse"] == pytest.approx(several["paired_rmse"], rel=1e-4)

@@ -76,6 +76,8 @@ def test_a_study_and_the_same_again(toy, run, work, forbid_training, monkeypatch
     ]
     assert all(set(row) == {*COLUMNS, "fd_points", "fd_points_added", "fd_points_teacher", "paired_rmse"} for row in rows)
     assert {row["teacher"] for row in rows} == {None}
+    assert [row["training"]["kimg"] for row in rows[::4]] == [0, 1.984, 1.984]  # whole steps of 32
+    assert all((row["training"]["seconds"] > 0) == (row["training"]["kimg"] > 0) for row in rows)
     assert len(stores(outputs)) == 2  # to train on, and the held-out noise; both shared by all rows and seeds
     assert {row["protocol"]["teacher"] for row in rows} <= set(stores(outputs))
     with Image.open("here/samples.png") as image:

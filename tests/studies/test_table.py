@@ -37,6 +37,9 @@ def make_cells(folder, seeds, metrics=METRICS, nfe=(1, 9)):
                 "floor": 12.34,
                 "straightness": 0.5,
                 "ms_per_image": 2.0 * steps,
+                "peak_memory_mb": 100.0 * steps,
+                "device": "a processor",
+                "training": {"kimg": 30.0, "seconds": 61.0 + seed, "device": "a GPU"},
                 "num_images": 2500,
             }
             intervals = {metric: [v - 1, v + 1] for metric, v in values.items()}
@@ -108,7 +111,7 @@ def test_the_page(one):
         "N = 2,500 samples a cell; training seeds 0; 95 % intervals over the held-out noise (bootstrap); one training seed."
         in page
     )
-    assert "| base | 0.5000 | 2.00 | 18.00 |" in page
+    assert "| base | 0.5000 | 2.00 | 18.00 | 900 | 30 | 61 |" in page
     widths = [[line.count("|") for line in block.splitlines() if line.startswith("|")] for block in page.split("##")]
     assert all(len(set(width)) <= 1 for width in widths)
 
@@ -154,3 +157,17 @@ def test_files(tmp_path, one):
     }
     assert len(rows) == 4 and {frozenset(row) for row in rows} == {frozenset({*COLUMNS, *METRICS})}
     assert promised <= set(rows[0]) and not math.isnan(rows[0]["floor"])
+
+
+def test_costs(three):
+    page = markdown(STUDY, three)
+    assert "| | straightness | ms at 1 NFE | ms at 9 NFE | memory MB | trained on kimg | in seconds |" in page
+    assert "| better | 0.5000 | 2.00 | 18.00 | 900 | 30 | 62 |" in page  # seconds: the mean of 61, 62 and 63
+    assert "Sampling on a processor; training on a GPU." in page
+
+
+def test_a_run_that_did_not_note_its_cost_has_a_dash(one):
+    for cell in one:
+        cell["training"] = {"kimg": None, "seconds": None, "device": None}
+    page = markdown(STUDY, one)
+    assert "| base | 0.5000 | 2.00 | 18.00 | 900 | – | – |" in page and "training on a device not noted." in page

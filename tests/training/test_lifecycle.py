@@ -1,12 +1,13 @@
 import json
 import signal
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from reflow_lab.errors import UserError
-from reflow_lab.training.lifecycle import Checkpoints, DurableCheckpoints, JSONLines, require_finite
+from reflow_lab.training.lifecycle import Checkpoints, Clock, DurableCheckpoints, JSONLines, require_finite
 
 
 def test_lines_are_json_with_their_step(tmp_path):
@@ -72,3 +73,17 @@ def test_the_first_signal_asks_the_second_insists():
             signal.raise_signal(signal.SIGINT)
     finally:
         checkpoints.teardown(None, None, "fit")
+
+
+def test_the_clock_goes_on_where_a_checkpoint_left_it(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    first, second = Clock(), Clock()
+    first.on_train_start(None, None)
+    now[0] += 7
+    kept = first.state_dict()
+    now[0] += 50  # lost: no checkpoint holds it
+    second.load_state_dict(kept)
+    second.on_train_start(None, None)
+    now[0] += 2
+    assert kept == {"seconds": 7} and second.seconds == 9

@@ -15,6 +15,7 @@ from .. import parts
 from ..artifacts import Artifact, artifact, read_json, write_json
 from ..data.sets import to_uint8
 from ..errors import require
+from ..flow import MeanVelocity
 from ..inf.grids import Uniform
 from ..inf.sampler import CountCalls, sample, sampling_times
 from ..inf.solvers import Euler, TwoCall
@@ -27,10 +28,11 @@ from ..progress import Bar
 from .features import Lite0Features
 from .frechet import Linearised, Reference
 from .intervals import interval, linear_bootstrap, mean_bootstrap
+from .memory import peak_memory_mb
 from .paired import BANDS, feature_distance, paired_mse_by_band, paired_rmse
 from .straightness import sample_straightness
 
-VERSION = 2  #: of the recipe: increment when the same configuration means another result
+VERSION = 3  #: of the recipe: increment when the same configuration means another result
 NUM_SHOWN = {"images": 64, "points": 2000}  #: first samples kept, for pictures
 
 
@@ -201,26 +203,40 @@ def teacher_distance(cfg: DictConfig) -> Linearised:
 
 
 class Samples(NamedTuple):
-    """What a cell's sampler made. Time is the median over batches, which the first call's set-up does not move."""
+    """What a cell's sampler made, and its cost: time is the median over batches, memory that of a batch."""
 
     x0: Tensor
     calls_per_image: float
     ms_per_image: float
+    peak_memory_mb: float
 
 
 def draw(cfg: DictConfig, run: Teacher) -> Samples:
-    """Images from the held-out noise, batch by batch, timed."""
-    number, velocity = cfg.evaluation.num_images, CountCalls(run.velocity(cfg))
-    how = {"solver": instantiate(cfg.inf.solver), "grid": instantiate(cfg.inf.grid), "nfe": cfg.nfe, "t_max": cfg.t_max}
-    made, ms = [], []
-    with Bar(f"{cfg.name or run.hash} nfe {cfg.nfe}", number, "images") as bar:
-        for chunk in chunks(np.arange(number), cfg.evaluation.batch_size):
+    """Images from the held-out noise, batch by batch.
+
+    The first batch sets up and is watched for its memory; the others are timed, and where there are none it again.
+    """
+    network, batches = run.velocity(cfg), chunks(np.arange(cfg.evaluation.num_images), cfg.evaluation.batch_size)
+    velocity = CountCalls(network)
+    with Bar(f"{cfg.name or run.hash} nfe {cfg.nfe}", cfg.evaluation.num_images, "images") as bar:
+        first = held_out_noise(cfg, run, batches[0])
+        x0, peak = peak_memory_mb(lambda: from_noise(cfg, velocity, *first), network, parts.device(cfg))
+        bar.advance(len(x0))
+        made, ms = [x0], []
+        for chunk in batches[1:] or batches:
             x1, label = held_out_noise(cfg, run, chunk)
             begin = time.perf_counter()
-            made.append(sample(velocity, x1, label=label, **how).cpu())
+            made.append(from_noise(cfg, velocity, x1, label))
             ms.append(1000 * (time.perf_counter() - begin) / len(chunk))
-            bar.advance(len(chunk))
-    return Samples(torch.cat(made), velocity.nfe(number), statistics.median(ms))
+            bar.advance(len(chunk) if len(batches) > 1 else 0)
+    calls = velocity.nfe(sum(map(len, made)))
+    return Samples(torch.cat(made[: len(batches)]), calls, statistics.median(ms), peak)
+
+
+def from_noise(cfg: DictConfig, velocity: MeanVelocity, x1: Tensor, label: Tensor | None) -> Tensor:
+    """Samples on the CPU from noise x1, as the configuration says."""
+    how = {"solver": instantiate(cfg.inf.solver), "grid": instantiate(cfg.inf.grid), "nfe": cfg.nfe, "t_max": cfg.t_max}
+    return sample(velocity, x1, label=label, **how).cpu()
 
 
 def held_out_noise(cfg: DictConfig, run: Teacher, indices: Indices) -> tuple[Tensor, Tensor | None]:
@@ -259,6 +275,8 @@ def measure(cfg: DictConfig, run: Teacher) -> tuple[dict[str, Any], Tensor, dict
         "floor": floor,
         "straightness": flow_straightness(cfg, run),
         "ms_per_image": drawn.ms_per_image,
+        "peak_memory_mb": drawn.peak_memory_mb,
+        "device": parts.device_name(cfg),
         **resamples.values,
         "intervals": resamples.intervals(),
         "protocol": protocol(cfg, run),

@@ -231,4 +231,4 @@ def run(planned: Planned, runs: dict[tuple[str, int], Path]) -> list[dict[str, A
     runs[row.name, seed] = folder
     found = parts.described(files.find(folder), parts.data_source(training), "run")
     about = {"name": row.name, "overrides": list(row.overrides), "teacher": row.teacher, "seed": seed, "run": str(folder)}
-    return [about | evaluate.measured(cfg, found) for cfg in configs]
+    return [about | {"training": train.cost(folder)} | evaluate.measured(cfg, found) for cfg in configs]

@@ -27,6 +27,9 @@ COLUMNS = (
     "floor",
     "straightness",
     "ms_per_image",
+    "peak_memory_mb",
+    "device",
+    "training",
     "num_images",
     "intervals",
     "protocol",
@@ -60,7 +63,8 @@ def markdown(study: Study, cells: Sequence[Cell]) -> str:
         if name == primary and any(row.against for row in study.rows):
             title = f"## Effect of each row on {primary} (its value minus that of the row it is measured against)"
             lines += ["", title, "", *effects(study, cells, primary)]
-    lines += ["", "## Straightness of the flow, and milliseconds per image", "", *costs(study, cells), ""]
+    title = "## Straightness of the flow, and what sampling and training cost"
+    lines += ["", title, "", *costs(study, cells), "", devices(cells), ""]
     return "\n".join(lines)
 
 
@@ -130,14 +134,32 @@ def effects(study: Study, cells: Sequence[Cell], metric: str) -> list[str]:
 
 
 def costs(study: Study, cells: Sequence[Cell]) -> list[str]:
-    """Straightness once a row, time by steps."""
-
-    def mean(found: Sequence[Cell], key: str) -> float:
-        return sum(c[key] for c in found) / len(found)
-
-    lines = []
+    """Straightness and training once a row, milliseconds per image by steps, the most memory of all steps."""
+    times = [f"ms at {nfe} NFE" for nfe in study.nfe]
+    lines = [*header(["straightness", *times, "memory MB", "trained on kimg", "in seconds"])]
     for row in study.rows:
         at = [of(cells, row.name, nfe) for nfe in study.nfe]
-        times = " | ".join(f"{mean(found, 'ms_per_image'):.2f}" for found in at)
-        lines.append(f"| {row.name} | {mean(at[0], 'straightness'):.4f} | {times} |")
-    return [*header(["straightness", *(f"ms at {nfe} NFE" for nfe in study.nfe)]), *lines]
+        ms = [f"{mean([c['ms_per_image'] for c in found]):.2f}" for found in at]
+        memory = max(c["peak_memory_mb"] for found in at for c in found)
+        training = [shown([c["training"][key] for c in at[0]]) for key in ("kimg", "seconds")]
+        straight = f"{mean([c['straightness'] for c in at[0]]):.4f}"
+        lines.append("| " + " | ".join([row.name, straight, *ms, f"{memory:.0f}", *training]) + " |")
+    return lines
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean over seeds."""
+    return sum(values) / len(values)
+
+
+def shown(values: Sequence[float | None]) -> str:
+    """The mean of a training's cost over seeds; a dash where a run of an older version did not note it."""
+    known = [value for value in values if value is not None]
+    return f"{mean(known):.0f}" if len(known) == len(values) else "–"
+
+
+def devices(cells: Sequence[Cell]) -> str:
+    """Where times and memory were measured, and what they are of."""
+    sampling, training = {c["device"] for c in cells}, {c["training"]["device"] for c in cells} - {None}
+    where = f"Sampling on {', '.join(sorted(sampling))}; training on {', '.join(sorted(training)) or 'a device not noted'}."
+    return f"{where} Memory: weights, and live tensors of a batch. Seconds: of training alone, pairs are drawn apart."

@@ -132,6 +132,30 @@ def require_finite(metrics: dict[str, float], trainer: L.Trainer) -> None:
         raise UserError(f"{what}: stopped, the last checkpoint is kept; try a lower training.lr or a training.gradient_clip")
 
 
+class Clock(L.Callback):
+    """Seconds of training, summed over its resumes: the time of steps that a kill undid is not in them."""
+
+    def __init__(self) -> None:
+        self.before, self.started = 0.0, time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """The sum so far."""
+        return self.before + time.monotonic() - self.started
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin to count."""
+        self.started = time.monotonic()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint's sum."""
+        self.before = state_dict["seconds"]
+
+
 class Checkpoints(L.Callback):
     """One checkpoint, replaced every `every_s` seconds and on ctrl-C: the first signal lets the step finish, then saves."""
 

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from .. import parts
-from ..artifacts import Artifact, artifact
+from ..artifacts import Artifact, artifact, read_json, write_json
 from ..dyn.objective import Objective
 from ..errors import UserError, require
 from ..lrn import online, pairs
@@ -36,7 +36,7 @@ from ..networks.precision import InPrecision
 from .diagnostics import ByTime, Mix
 from .ema import EMA, Snapshots
 from .few_step import FewStep
-from .lifecycle import Checkpoints, DurableCheckpoints, JSONLines, Report, Steps
+from .lifecycle import Checkpoints, Clock, DurableCheckpoints, JSONLines, Report, Steps
 from .module import FlowModule
 
 VERSION = 1  #: of the recipe: increment when the same configuration means another result
@@ -59,7 +59,7 @@ def train(cfg: DictConfig) -> Path:
 
 
 def plan(cfg: DictConfig) -> Artifact:
-    """The artifact of a run: the configuration that changes it, and the hashes of data, start and pairs; settles `net=teacher`."""
+    """The artifact of a run: the configuration that changes it, and the hashes of data, start and pairs; `net` is settled."""
     parts.settle_net(cfg)
     source = parts.data_source(cfg)
     mixture = instantiate(cfg.lrn.coupling)
@@ -162,14 +162,22 @@ def fit(cfg: DictConfig, made: Artifact) -> None:
     """Run the training and write the weights; raises `KeyboardInterrupt`, with everything saved, when it was interrupted."""
     network = start(cfg)
     ema = EMA(cfg.training.ema_halflives_mimg, cfg.training.ema_sigma_rels)
-    if total := steps(cfg):
-        optimise(cfg, made.folder, network, ema, total)
+    total = steps(cfg)
+    seconds = optimise(cfg, made.folder, network, ema, total) if total else 0.0
+    cost = {"kimg": total * cfg.training.batch_size / 1000, "seconds": seconds, "device": parts.device_name(cfg)}
+    write_json(made.folder / "cost.json", cost)
     write_weights(cfg, made.folder, network, ema)
     (made.folder / "last.ckpt").unlink(missing_ok=True)
 
 
-def optimise(cfg: DictConfig, folder: Path, network: nn.Module, ema: EMA, total: int, *more: L.Callback) -> None:
-    """`total` steps on the network, with everything that acts on or watches them; `more` is called first."""
+def cost(folder: Path) -> dict[str, Any]:
+    """What a finished run cost: kimg seen, seconds over all its resumes, the device; None each where an older version made it."""
+    path = folder / "cost.json"
+    return read_json(path) if path.exists() else dict.fromkeys(("kimg", "seconds", "device"))
+
+
+def optimise(cfg: DictConfig, folder: Path, network: nn.Module, ema: EMA, total: int, *more: L.Callback) -> float:
+    """`total` steps on the network, with everything that acts on or watches them; `more` is called first. The seconds it took."""
     options, mixture = cfg.training, instantiate(cfg.lrn.coupling)
     coupling, heldout = mixture.open(sources(cfg, mixture.weights), options.batch_size, cfg.seed, options.num_heldout)
     device = parts.device(cfg).type
@@ -181,7 +189,7 @@ def optimise(cfg: DictConfig, folder: Path, network: nn.Module, ema: EMA, total:
     drawn = Prefetched(coupling) if device == "cuda" else coupling
     module = FlowModule(velocity, objective, drawn, seed=cfg.seed, **{name: options[name] for name in names})
     checkpoint, lines = folder / "last.ckpt", JSONLines(folder / "metrics.jsonl")
-    chosen, checkpoints = loggers(cfg, folder), Checkpoints(checkpoint, cfg.trainer.checkpoint_every_s)
+    chosen, checkpoints, clock = loggers(cfg, folder), Checkpoints(checkpoint, cfg.trainer.checkpoint_every_s), Clock()
     trainer = quiet_trainer(
         accelerator="gpu" if device == "cuda" else "cpu",
         devices=cfg.trainer.devices,
@@ -189,6 +197,7 @@ def optimise(cfg: DictConfig, folder: Path, network: nn.Module, ema: EMA, total:
         logger=[lines, *chosen],
         callbacks=[
             *more,
+            clock,
             instantiate(cfg.lrn.dropout),
             ema,
             *snapshots(cfg, folder, network, ema),
@@ -208,6 +217,7 @@ def optimise(cfg: DictConfig, folder: Path, network: nn.Module, ema: EMA, total:
     if trainer.global_step < total or checkpoints.interrupted:  # perhaps in the last step of all: a study must not go on
         print(f"stopped at step {trainer.global_step} of {total}, saved; the same command goes on")
         raise KeyboardInterrupt
+    return clock.seconds
 
 
 def snapshots(cfg: DictConfig, folder: Path, network: nn.Module, ema: EMA) -> list[L.Callback]:
