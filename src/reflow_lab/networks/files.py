@@ -112,11 +112,16 @@ def load(path: Path) -> nn.Module:
 
 def load_into(network: nn.Module, path: Path, key: str = "path") -> None:
     """Copy a file's weights into a network; a difference in names or shapes is a user's error that lists at most ten."""
-    describe(path)
-    with safe_open(path, "pt") as file:
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    state = read_state(path)
     require_fit(network, state, key, path)
     network.load_state_dict(state)
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a weight file, as they are stored."""
+    describe(path)
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def require_fit(network: nn.Module, state: Mapping[str, Tensor], key: str, value: object) -> None:

@@ -75,20 +75,25 @@ def convert(path: Path, target: Path, name: str) -> dict[str, Any]:
 
     A target that was made from the same pickle stays as it is; any other file there is refused.
     """
-    wrapper = network_in(path)
-    source = {"file": name, "sha256": file_hash(path)}
+    network, about = read(path)
+    description = {**about, "source": {"file": name, "sha256": file_hash(path)}}
     if target.exists():
-        require(is_made_from(target, source), "--out", target, "is there already and holds something else")
+        require(is_made_from(target, description["source"]), "--out", target, "is there already and holds something else")
         return files.describe(target)
+    files.save(network, target, description)
+    return description
+
+
+def read(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The averaged network of a pickle, in the precision it was stored in, and its description."""
+    wrapper = network_in(path)
     with legible(path):
         net = published.describe(wrapper)
         network = filled(net, published.state(wrapper))
     inner, count = net["network"], sum(p.numel() for p in network.parameters())
     shape = [inner["in_channels"], inner["resolution"], inner["resolution"]]
     about = {"shape": shape, "num_classes": inner["num_classes"], "t_max": T_MAX, "num_parameters": count}
-    description = {"net": net, **about, "source": source}
-    files.save(network, target, description)
-    return description
+    return network, {"net": net, **about}
 
 
 @contextmanager

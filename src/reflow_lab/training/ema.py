@@ -87,8 +87,11 @@ class Snapshots(L.Callback):
     """Write every power-function average of `ema` into `folder`, every `every_kimg` and after the last step.
 
     From them `reflow-lab ema` makes an average of any width. A file's description says at `ema` which average it is. A run
-    that goes on from a checkpoint writes what came after it again, to the same names. Weights are stored in float32: for
-    narrow widths the reconstruction amplifies rounding tens of times.
+    that goes on from a checkpoint writes what came after it again, to the same names.
+
+    Weights are stored in float32. Measured on a toy of 64 times, widths 0.05 and 0.1, against averages followed directly: width
+    0.075 is off by 3e-7 of the weights' norm (float16: 2e-4), width 0.02 by 3e-5 (float16: 4e-3, a tenth of its distance to the
+    stored width 0.05, because the reconstruction amplifies rounding 17 times there).
     """
 
     def __init__(
