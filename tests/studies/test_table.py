@@ -39,6 +39,7 @@ def make_cells(folder, seeds, metrics=METRICS, nfe=(1, 9)):
                 "ms_per_image": 2.0 * steps,
                 "peak_memory_mb": 100.0 * steps,
                 "device": "a processor",
+                "sampler": f"Euler on Uniform, {name}",
                 "training": {"kimg": 30.0, "seconds": 61.0 + seed, "device": "a GPU"},
                 "num_images": 2500,
             }

@@ -1,5 +1,8 @@
 """The verb `evaluate`: one trained flow at one number of steps, measured against the data and against its teacher."""
 
+import copy
+import importlib.metadata
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -16,6 +19,7 @@ from ..artifacts import Artifact, artifact, read_json, write_json
 from ..data.sets import to_uint8
 from ..errors import require
 from ..flow import MeanVelocity
+from ..inf import auto
 from ..inf.grids import Uniform
 from ..inf.sampler import CountCalls, sample, sampling_times
 from ..inf.solvers import Euler, TwoCall
@@ -42,9 +46,9 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     if cfg.t_max is None:
         cfg.t_max = run.t_max
     check(cfg)
+    cfg = settled(cfg, run)
     metrics = measured(cfg, run)
-    solver, grid = (str(node._target_).rpartition(".")[2] for node in (cfg.inf.solver, cfg.inf.grid))
-    print(f"{run.path}, {solver} on {grid}: {metrics['folder']}")
+    print(f"{run.path}, {auto.words(cfg.inf)}: {metrics['folder']}")
     print(summary(metrics))
     return metrics
 
@@ -73,6 +77,56 @@ def check(cfg: DictConfig) -> None:
     feature_network(cfg)
     if cfg.teacher.path is not None:
         teacher_samples_plan(cfg)
+    if auto.is_asked(cfg):
+        check_search(cfg)
+
+
+def check_search(cfg: DictConfig) -> None:
+    """Raise a `UserError` for settings under which no sampler could be searched, or on the noise that it is reported on."""
+    search = cfg.evaluation.search
+    auto.check(search.num_trials)
+    parts.require_whole("evaluation.search.seed", search.seed, 0)
+    parts.require_whole("evaluation.search.num_images", search.num_images, 2)
+    used = (cfg.evaluation.seed, cfg.pairs.seed)
+    others = "must differ from evaluation.seed and pairs.seed: a sampler is reported on noise that it was not chosen on"
+    require(search.seed not in used, "evaluation.search.seed", search.seed, others)
+    has = min(filter(None, (len(parts.data_source(cfg).split(name)) for name in ("reference", "floor"))))
+    allowed = f"the splits reference and floor have only {has} samples"
+    require(search.num_images <= has, "evaluation.search.num_images", search.num_images, allowed)
+
+
+def settled(cfg: DictConfig, run: Teacher) -> DictConfig:
+    """The configuration with the sampler that `inf=auto` finds for this run and NFE, searched first where that is not done.
+
+    The search draws other noise than the evaluation, from `evaluation.search.seed`.
+    """
+    if not auto.is_asked(cfg):
+        return cfg
+    found, tuning = copy.deepcopy(cfg), copy.deepcopy(cfg)
+    tuning.evaluation.seed, tuning.evaluation.num_images = cfg.evaluation.search.seed, cfg.evaluation.search.num_images
+    fixed = {key: value for key, value in protocol(tuning, run).items() if key not in ("solver", "grid")}
+    how = {"search": parts.plain(cfg.evaluation.search), "optuna": importlib.metadata.version("optuna")}
+    made = artifact(cfg.outputs, "search", auto.VERSION, **fixed, **how)
+    found.inf = auto.ensure(made, lambda: tuning_distance(tuning, run), f"sampler for nfe {cfg.nfe}")
+    return found
+
+
+def tuning_distance(cfg: DictConfig, run: Teacher) -> Callable[[auto.Nodes], float]:
+    """How far a sampler's samples are from the teacher's of that noise, without a teacher from the data; inf where not finite."""
+    velocity, batches = run.velocity(cfg), chunks(np.arange(cfg.evaluation.num_images), cfg.evaluation.batch_size)
+    noise = [held_out_noise(cfg, run, chunk) for chunk in batches]
+    target = reference(cfg)[0] if cfg.teacher.path is None else teacher_samples(cfg).reference
+    known: dict[str, float] = {}
+
+    def distance(inf: auto.Nodes) -> float:
+        cfg.inf = inf
+        same = str((effective_solver(cfg), times(cfg)))  # at 1 and 2 NFE many samplers coincide
+        if same not in known:
+            x0 = torch.cat([from_noise(cfg, velocity, *batch) for batch in noise])
+            known[same] = target.distance(features(cfg, x0)) if x0.isfinite().all() else math.inf
+        return known[same]
+
+    return distance
 
 
 def measured(cfg: DictConfig, run: Teacher) -> dict[str, Any]:
@@ -106,7 +160,7 @@ def protocol(cfg: DictConfig, run: Teacher) -> dict[str, Any]:
         "t_max": cfg.t_max,
         "precision": cfg.precision,
         "num_images": cfg.evaluation.num_images,
-        "evaluation": parts.plain(cfg.evaluation),
+        "evaluation": {key: value for key, value in parts.plain(cfg.evaluation).items() if key != "search"},
         "features": None if not is_images(cfg) else {"network": "EfficientNet-Lite0", "weight_hash": Lite0Features.weight_hash},
         "data": {name: held.split(name).content_hash for name in ("reference", "floor")},
         "teacher": None if cfg.teacher.path is None else teacher_samples_plan(cfg).key,

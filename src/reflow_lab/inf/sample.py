@@ -15,6 +15,7 @@ from ..artifacts import write_atomically
 from ..data.sets import to_uint8
 from ..errors import require
 from ..networks.precision import InPrecision
+from . import auto
 
 
 def sample(cfg: DictConfig) -> Path:
@@ -23,6 +24,8 @@ def sample(cfg: DictConfig) -> Path:
     if cfg.t_max is None:
         cfg.t_max = flow.t_max
     parts.check(cfg)
+    needs_result = "is for evaluate and study, which measure what they find and print it as words for this command"
+    require(not auto.is_asked(cfg), "inf", "auto", needs_result)
     out = target(cfg.out, flow.shape)
     flow.velocity = InPrecision(flow.velocity, cfg.precision)
     how = {"solver": instantiate(cfg.inf.solver), "grid": instantiate(cfg.inf.grid), "nfe": cfg.nfe, "t_max": cfg.t_max}

@@ -16,6 +16,7 @@ from torch import nn
 from .. import parts
 from ..errors import UserError, require
 from ..evaluation import evaluate
+from ..inf import auto
 from ..networks import files
 from ..paths import experiments_dirs
 from ..training import train
@@ -231,4 +232,6 @@ def run(planned: Planned, runs: dict[tuple[str, int], Path]) -> list[dict[str, A
     runs[row.name, seed] = folder
     found = parts.described(files.find(folder), parts.data_source(training), "run")
     about = {"name": row.name, "overrides": list(row.overrides), "teacher": row.teacher, "seed": seed, "run": str(folder)}
-    return [about | {"training": train.cost(folder)} | evaluate.measured(cfg, found) for cfg in configs]
+    settled = [evaluate.settled(cfg, found) for cfg in configs]
+    about["training"] = train.cost(folder)
+    return [about | {"sampler": auto.words(cfg.inf)} | evaluate.measured(cfg, found) for cfg in settled]

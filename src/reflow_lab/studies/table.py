@@ -30,6 +30,7 @@ COLUMNS = (
     "peak_memory_mb",
     "device",
     "training",
+    "sampler",
     "num_images",
     "intervals",
     "protocol",
@@ -65,6 +66,7 @@ def markdown(study: Study, cells: Sequence[Cell]) -> str:
             lines += ["", title, "", *effects(study, cells, primary)]
     title = "## Straightness of the flow, and what sampling and training cost"
     lines += ["", title, "", *costs(study, cells), "", devices(cells), ""]
+    lines += ["## Samplers", "", *samplers(study, cells), ""]
     return "\n".join(lines)
 
 
@@ -145,6 +147,16 @@ def costs(study: Study, cells: Sequence[Cell]) -> list[str]:
         straight = f"{mean([c['straightness'] for c in at[0]]):.4f}"
         lines.append("| " + " | ".join([row.name, straight, *ms, f"{memory:.0f}", *training]) + " |")
     return lines
+
+
+def samplers(study: Study, cells: Sequence[Cell]) -> list[str]:
+    """Solver and grid by rows and numbers of steps: with `inf=auto` those that were found, which may differ between seeds."""
+
+    def found(row: Row, nfe: int) -> str:
+        return "; ".join(sorted({cell["sampler"] for cell in of(cells, row.name, nfe)}))
+
+    rows = [[row.name, *(found(row, nfe) for nfe in study.nfe)] for row in study.rows]
+    return [*header([f"{nfe} NFE" for nfe in study.nfe]), *("| " + " | ".join(row) + " |" for row in rows)]
 
 
 def mean(values: Sequence[float]) -> float:
