@@ -21,7 +21,7 @@ def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def split_heads(qkv: Tensor, num_heads: int) -> Tensor:
     """(n, 3 c, h, w) as (n, heads, d, 3, h w): channels count heads first, then d, then query, key and value."""
-    return qkv.reshape(len(qkv), num_heads, -1, 3, qkv.shape[2] * qkv.shape[3])
+    return qkv.reshape(qkv.shape[0], num_heads, -1, 3, qkv.shape[2] * qkv.shape[3])
 
 
 def attend(heads: Tensor) -> Tensor:

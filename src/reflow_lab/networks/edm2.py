@@ -22,7 +22,8 @@ EPS = 1e-4
 def normalised(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     """x over its root mean square along `dim`; the latter in float32."""
     norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    return x / (EPS + norm * math.sqrt(norm.numel() / x.numel())).to(x.dtype)
+    num = math.prod(x.shape[d] for d in ((dim,) if isinstance(dim, int) else dim))
+    return x / (EPS + norm * math.sqrt(1 / num)).to(x.dtype)
 
 
 def mp_silu(x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..flow import T_CLAMP
+from ..flow import NO_LABEL, T_CLAMP
 
 
 class FourierTime(nn.Module):
@@ -35,9 +35,12 @@ class Conditioning(nn.Module):
         self.label = nn.Embedding(num_classes, dim) if num_classes else None
 
     def forward(self, t: Tensor, label: Tensor | None) -> Tensor:
-        """The embedding (n, dim)."""
+        """The embedding (n, dim); NO_LABEL adds nothing to that of time."""
         embedding = self.time(t)
-        return embedding if self.label is None else embedding + self.label(label)
+        if self.label is None:
+            return embedding
+        assert label is not None, "a conditional network wants labels"
+        return embedding + torch.where((label == NO_LABEL)[:, None], 0.0, self.label(label.clamp(min=0)))
 
 
 def c_noise(t: Tensor) -> Tensor:
@@ -84,7 +87,7 @@ class FourierNoise(nn.Module):
 
 
 def one_hot(label: Tensor | None, num_classes: int, like: Tensor) -> Tensor:
-    """Labels (n,) as rows (n, num_classes) of `like`'s dtype; no label is a row of zeros, EDM's way to ask for no class."""
+    """Labels (n,) as rows (n, num_classes) of `like`'s dtype; NO_LABEL, or None, is a row of zeros, EDM's way to ask for none."""
     if label is None:
-        return like.new_zeros(len(like), num_classes)
-    return F.one_hot(label, num_classes).to(like.dtype)
+        return like.new_zeros(like.shape[0], num_classes)
+    return F.one_hot(label - NO_LABEL, 1 + num_classes)[:, 1:].to(like.dtype)

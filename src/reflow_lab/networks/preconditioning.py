@@ -31,7 +31,7 @@ class Preconditioned(nn.Module):
         """See `MeanVelocity`."""
         if s is not None:
             raise TypeError("this network is a velocity: it takes no second time s")
-        t = t.expand(len(x_t))
+        t = t.expand(x_t.shape[0])
         shaped = append_dims(t, x_t).to(x_t.dtype)
         variance = shaped**2 + ((1 - shaped) * self.sigma_data) ** 2
         scale = variance.rsqrt()
