@@ -12,6 +12,7 @@ from torch import Tensor
 T_MIN = 0.002 / 1.002  #: sigma = 0.002, where forward pairs start (EDM's smallest noise level)
 T_MAX = 80 / 81  #: sigma = 80, EDM's largest noise level: the default start of sampling
 T_CLAMP = 1e-5  #: training times stay in [T_CLAMP, 1 - T_CLAMP] (RF++)
+NO_LABEL = -1  #: the class of a sample that has none, for a conditional network; it may stand beside others in a batch
 
 
 class MeanVelocity(Protocol):
@@ -23,7 +24,7 @@ class MeanVelocity(Protocol):
     def __call__(
         self, x_t: Tensor, t: Tensor, s: Tensor | None = None, *, label: Tensor | None = None, lam_guid: Tensor | None = None
     ) -> Tensor:
-        """Return F(x_t, t, s): x_t (n, ...), t and s (n,) or () in [0, 1], label (n,) integers."""
+        """Return F(x_t, t, s): x_t (n, ...), t and s (n,) or () in [0, 1], label (n,) classes or NO_LABEL."""
         ...
 
 
