@@ -6,16 +6,18 @@ from torch import Tensor
 from ..errors import require
 from ..flow import T_MAX, T_MIN, MeanVelocity, interpolate
 from .grids import Grid, ascending
+from .guidance import Guided
 from .solvers import Callback, Solver
 
 
 class CountCalls:
-    """A velocity that counts: `calls` of the wrapped one, and `samples` in them."""
+    """A velocity that counts: `calls` of the wrapped one, `samples` in them, and those for which guidance took a second one."""
 
     def __init__(self, velocity: MeanVelocity) -> None:
         self.velocity = velocity
         self.calls = 0
         self.samples = 0
+        self.guided = 0
 
     def __call__(
         self, x_t: Tensor, t: Tensor, s: Tensor | None = None, *, label: Tensor | None = None, lam_guid: Tensor | None = None
@@ -23,11 +25,17 @@ class CountCalls:
         """The wrapped velocity's answer."""
         self.calls += 1
         self.samples += len(x_t)
+        if isinstance(self.velocity, Guided):
+            self.guided += self.velocity.num_guided(x_t, t, lam_guid)
         return self.velocity(x_t, t, s, label=label, lam_guid=lam_guid)
 
     def nfe(self, num_samples: int) -> float:
-        """Calls a sample, for num_samples made in whatever batches."""
+        """Evaluations of the velocity a sample, for num_samples made in whatever batches."""
         return self.samples / num_samples
+
+    def network_calls(self, num_samples: int) -> float:
+        """Calls of a network a sample: guidance, where it acts, makes two of one evaluation, in one batch or not."""
+        return (self.samples + self.guided) / num_samples
 
 
 def sampling_times(solver: Solver, grid: Grid, nfe: int, t_max: float = T_MAX) -> Tensor:
