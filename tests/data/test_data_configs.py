@@ -11,7 +11,7 @@ MEMBERS = sorted(path.stem for path in CONF.glob("*.yaml"))
 
 
 def load(member: str):
-    return OmegaConf.load(CONF / f"{member}.yaml")
+    return OmegaConf.create({"outputs": "outputs", "data": OmegaConf.load(CONF / f"{member}.yaml")}).data
 
 
 @pytest.mark.parametrize("member", MEMBERS)

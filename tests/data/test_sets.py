@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from reflow_lab.data.sets import ImageSet, PointSet, to_float, to_uint8
+from reflow_lab.data.sets import ImageSet, PointSet, resident, to_float, to_uint8
 
 
 def images(num: int = 12, labels: bool = True) -> ImageSet:
@@ -109,3 +109,28 @@ def test_a_set_on_the_gpu_gives_the_same_batch():
         torch.testing.assert_close(x0.cpu(), expected[0])
         assert torch.equal(label.cpu(), expected[1])
     assert held.to("cuda").content_hash == held.content_hash
+
+
+def test_a_known_hash_is_not_computed_and_stays():
+    held = ImageSet(images().images, None, "test", known_hash="abc")
+    assert held.content_hash == held.to("meta").content_hash == held.delivered("cpu").content_hash == "abc"
+
+
+def test_what_fits_lies_on_the_device_and_the_rest_is_delivered(monkeypatch):
+    held, needed = images(), images().images.nbytes
+    assert torch.equal(resident(held, "cpu").images, held.images)
+    moves = []
+    monkeypatch.setattr(ImageSet, "to", lambda self, device: moves.append(str(device)) or self)
+    for free, lies in ((4 * needed, ["cuda:0"]), (4 * needed - 1, [])):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10**12))
+        moves.clear()
+        found = resident(held, torch.device("cuda", 0))
+        assert moves == lies and (found.device.type == "cuda") == (not lies)
+        assert found.held.device.type == "cpu"  # the same bytes: nothing was copied
+
+
+def test_batches_are_delivered_to_the_destination():
+    held = images().delivered("meta")
+    x0, label = held.take(np.array([4, 1]))
+    assert x0.device.type == label.device.type == "meta" and held.held.device.type == "cpu"
+    assert held.take(np.array([4]), device="cpu")[0].device.type == "cpu"

@@ -1,7 +1,9 @@
 """What a data source is, and what the sources share: splits that never change, and errors of one line."""
 
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -47,6 +49,13 @@ def require_facts(data: str, given: dict[str, int], facts: dict[str, int]) -> No
     """Raise a `UserError` if a configuration contradicts what a data set is: facts are keys only for others to interpolate."""
     for key, value in facts.items():
         require(given[key] == value, f"data.{key}", given[key], f"{data} has {value}")
+
+
+def require_room(folder: Path, num_bytes: int, key: str, what: str) -> None:
+    """Raise a `UserError` that names `key` unless the disk under a folder has so many bytes to spare."""
+    free = shutil.disk_usage(folder).free
+    room = f"{num_bytes / 1e9:.3g} GB are needed {what}, {free / 1e9:.3g} GB are free; name another place"
+    require(num_bytes < free, key, folder, room)
 
 
 def partition(strata: NDArray[np.int64], fractions: Sequence[float], stream: str) -> list[Indices]:

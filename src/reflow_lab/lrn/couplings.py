@@ -15,7 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ..data.augment import AUGMENT_DIM, UNCHANGED, Augmentation
-from ..data.sets import SampleSet
+from ..data.sets import SampleSet, moved
 from ..errors import require
 from ..noise import Indices, batch_indices, normal
 
@@ -23,13 +23,6 @@ HELD_OUT = 2**48  #: where the noise of held-out images begins: training never c
 STOCHASTIC = ("independent", "minibatch_ot")  #: an image with fresh noise: x_t does not determine the pair
 STORED = ("backward", "forward", "projected")  #: kept in a store
 KINDS = (*STOCHASTIC, *STORED, "online")  #: what a mixture may hold
-
-
-def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device; to CUDA by pinned memory, so that nobody waits for the copy."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 class Batch(NamedTuple):

@@ -9,10 +9,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from .. import parts
+from ..data.sets import moved
 from ..flow import MeanVelocity
 from ..inf.sampler import sample
 from ..noise import Indices, normal, uniform
-from .couplings import HELD_OUT, Batch, moved
+from .couplings import HELD_OUT, Batch
 from .pairs import drawing, require_fixed_steps
 
 STREAM = "coupling/online"  #: of the noise: no store and no evaluation draws from it

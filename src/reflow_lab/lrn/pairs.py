@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import parts
 from ..artifacts import Artifact, artifact
-from ..data.sets import SampleSet
+from ..data.sets import SampleSet, moved
 from ..data.sources import DataSource
 from ..errors import UserError, require
 from ..flow import MeanVelocity
@@ -21,7 +21,6 @@ from ..noise import Indices, chunks, normal
 from ..parallel import rank, take_own_gpu
 from ..parts import Teacher
 from . import generation, projected
-from .couplings import moved
 from .store import DTYPES, PairStore, pair_images, pair_labels, pair_noise
 
 VERSION = 3  #: of the recipe: increment when the same configuration means another result

@@ -207,4 +207,4 @@ class PairStore:
         """The pairs of these indices (n,), where the images lie; `position` is unused, since stored pairs are fixed."""
         stored, derived, label = self.stored(indices), self.derived(indices), self.labels(indices)
         x0, x1 = (stored, derived) if self.manifest["half"] == "x0" else (derived, stored)
-        return Batch(x0, x1, label).to(torch.device("cpu") if self.images is None else self.images.held.device)
+        return Batch(x0, x1, label).to(torch.device("cpu") if self.images is None else self.images.device)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from ..data.sets import moved
 from ..dyn.objective import Losses, Objective
-from ..lrn.couplings import Coupling, moved
+from ..lrn.couplings import Coupling
 from ..noise import bits, uniform
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from .. import parts
 from ..artifacts import Artifact, artifact, read_json, write_json
+from ..data.sets import resident
 from ..dyn.objective import Objective
 from ..errors import UserError, require
 from ..lrn import online, pairs
@@ -139,7 +140,7 @@ def leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 def sources(cfg: DictConfig, kinds: Iterable[str]) -> dict[str, Pairs]:
     """Every kind of pair that the coupling asks for, its store generated first where it is missing."""
-    images = parts.data_source(cfg).split("train").to(parts.device(cfg))
+    images = resident(parts.data_source(cfg).split("train"), parts.device(cfg))
 
     def source(kind: str) -> Pairs:
         if kind in STORED:
