@@ -186,7 +186,7 @@ MISTAKES = {
     "interpolation": (["train", "nfe=${nowhere}"], "nfe: Interpolation key 'nowhere' not found"),
     "folder": (["train", "--config-dir", "nowhere"], "Additional config directory"),
     "verb": (["trian"], "trian: no such verb; did you mean train?"),
-    "no verb": (["nfe=3"], "nfe=3: no such verb; the verbs are train, pairs, store, evaluate, sample, study, import, bench"),
+    "no verb": (["nfe=3"], f"nfe=3: no such verb; the verbs are {', '.join(cli.VERBS)}"),
 }
 
 

@@ -26,21 +26,32 @@ class Verb:
     target: str
     summary: str
     is_hydra: bool = True
+    finish: str | None = None  #: what puts the results of a sweep together; such a verb sweeps over commas without -m
 
     def load(self) -> Callable[..., Any]:
         """The function: it takes the composed configuration, or, where the verb is no Hydra application, the remaining words."""
-        module, name = self.target.split(":")
-        return getattr(importlib.import_module(module), name)
+        return load(self.target)
+
+
+def load(target: str) -> Callable[..., Any]:
+    """The function that `module:name` names."""
+    module, name = target.split(":")
+    return getattr(importlib.import_module(module), name)
 
 
 VERBS = {
     "train": Verb("reflow_lab.training.train:train", "train a base flow or a ReFlow; the same command again resumes"),
     "pairs": Verb("reflow_lab.lrn.pairs:pairs", "draw pairs of noise and image from a velocity into a pair store"),
     "store": Verb("reflow_lab.lrn.inspection:main", "look into a pair store: info, verify, diagnose", is_hydra=False),
-    "evaluate": Verb("reflow_lab.evaluation.evaluate:evaluate", "measure a trained flow at few steps"),
+    "evaluate": Verb(
+        "reflow_lab.evaluation.evaluate:evaluate",
+        "measure a trained flow at few steps; commas sweep, with a table and a plot",
+        finish="reflow_lab.evaluation.sweep:finish",
+    ),
     "sample": Verb("reflow_lab.inf.sample:sample", "draw images from a trained flow"),
     "study": Verb("reflow_lab.studies.study:study", "run every row of a study and print its table"),
     "import": Verb("reflow_lab.networks.import_pickle:main", "take over a published network of EDM or EDM2", is_hydra=False),
+    "export": Verb("reflow_lab.networks.export:main", "the weights of a run as one file, for another machine", is_hydra=False),
     "ema": Verb("reflow_lab.training.posthoc:main", "make an average of another length from stored ones", is_hydra=False),
     "bench": Verb("reflow_lab.bench:main", "time training, sampling and pairs against bare loops", is_hydra=False),
 }
@@ -49,7 +60,7 @@ EXAMPLES = """\
   reflow-lab study study=quickstart                                       the ladder of improvements, as `make demo` runs it
   reflow-lab train experiment=quickstart dyn=improved dyn/time=uniform    any subset of the improvements
   reflow-lab train -m experiment=quickstart dyn=baseline,improved         a sweep
-  reflow-lab evaluate -m run=FOLDER inf=baseline,improved nfe=1,2,4,9     one run at several step counts
+  reflow-lab evaluate run=FOLDER inf=baseline,improved nfe=1,2,4,9        one run at several step counts, as a table and a plot
   reflow-lab train --cfg job                                              the configuration, without running"""
 
 
@@ -139,20 +150,40 @@ def run_hydra(name: str, args: Sequence[str]) -> None:
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)  # a user's `_target_: my_module.MySolver`; last, so that nothing installed is shadowed
-    before = sys.argv
+    jobs: list[tuple[list[str], Any]] = []
+    before, finish = sys.argv, VERBS[name].finish
     command = [before[0], name, *args]
-    sys.argv = [before[0], *_options_first(args)]
+    sys.argv = [before[0], *(["--multirun"] if finish and _sweeps(args) else []), *_options_first(args)]
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(_task(name, command))()
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(_task(name, command, jobs))()
     finally:
         sys.argv = before
+    if finish and len(jobs) > 1:
+        load(finish)(jobs)
 
 
-def _task(name: str, command: list[str]) -> Callable[[Any], Any]:
+def _sweeps(args: Sequence[str]) -> bool:
+    """Whether a word holds several values, e.g. nfe=1,2,4, and nothing asks for a sweep, or for something else than to run."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    if any(word.startswith("-") for word in args):
+        return False
+    with contextlib.suppress(HydraException):  # a word that cannot be read is refused later, in Hydra's own words
+        return any(found.is_sweep_override() for found in OverridesParser.create().parse_overrides(list(args)))
+    return False
+
+
+def _task(name: str, command: list[str], jobs: list[tuple[list[str], Any]]) -> Callable[[Any], Any]:
+    """The verb as Hydra calls it; `jobs` takes the words and the result of each that runs in this process."""
+    from hydra.core.hydra_config import HydraConfig
+
     def task(cfg: Any) -> Any:
         sys.argv = command  # Lightning starts the other processes of a run by repeating sys.argv: the verb must be in it
         try:
-            return VERBS[name].load()(cfg)
+            result = VERBS[name].load()(cfg)
+            jobs.append((list(HydraConfig.get().overrides.task), result))
+            return result
         except Exception as error:  # worded here: a launcher may carry it from another process, without its cause
             line = _explain(error, command[1:])
             if line is None or isinstance(error, UserError):

@@ -72,7 +72,7 @@ def check(cfg: DictConfig) -> None:
     for name in ("reference", "floor"):
         has, num = len(parts.data_source(cfg).split(name)), options.num_images
         allowed = f"the split {name} has only {has} samples, and distances of different numbers do not compare"
-        require(num <= has, "evaluation.num_images", num, allowed)
+        require(num <= has or (name == "floor" and has == 0), "evaluation.num_images", num, allowed)
     times(cfg)
     feature_network(cfg)
     if cfg.teacher.path is not None:
@@ -218,14 +218,14 @@ def once(make: Callable[[], Any], *key: object) -> Any:
     return _SHARED[name]
 
 
-def reference(cfg: DictConfig) -> tuple[Reference, float]:
-    """The real samples to measure against, and the floor: the distance of as many other real samples to them."""
+def reference(cfg: DictConfig) -> tuple[Reference, float | None]:
+    """The real samples to measure against, and the floor: the distance of as many other real samples to them, if there are any."""
     num, splits = cfg.evaluation.num_images, [parts.data_source(cfg).split(name) for name in ("reference", "floor")]
 
-    def make() -> tuple[Reference, float]:
-        real, other = (features(cfg, split.take(torch.arange(num))[0]) for split in splits)
+    def make() -> tuple[Reference, float | None]:
+        real, *other = (features(cfg, split.take(torch.arange(num))[0]) for split in splits if len(split))
         reference = Reference.of(real)
-        return reference, reference.distance(other)
+        return reference, reference.distance(other[0]) if other else None
 
     return once(make, "reference", *(split.content_hash for split in splits), num, cfg.evaluation.features)
 

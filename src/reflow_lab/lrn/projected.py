@@ -43,6 +43,8 @@ def plan(cfg: DictConfig, source: Artifact) -> Artifact:
     require(isinstance(method, Method), "projection", cfg.projection, "must be a member of the group projection")
     held = parts.data_source(cfg)
     splits = ("train", "reference", "floor") if source.recipe["half"] == "x0" else ()
+    spare = all(len(held.split(name)) for name in splits)
+    require(spare, "data", held.split("train").name, "has no held-out images (split floor), which judge a projection of images")
     recipe = {
         **{key: value for key, value in source.recipe.items() if key not in ("stage", "version")},
         "kind": "projected",

@@ -49,12 +49,12 @@ def write(out: Path, study: Study, cells: Sequence[Cell]) -> str:
 
 def markdown(study: Study, cells: Sequence[Cell]) -> str:
     """The whole page: distances, effects, the other columns. Without a teacher the distance to the data stands first."""
-    metrics, floor = cells[0]["intervals"], cells[0]["floor"]
+    metrics, floor = cells[0]["intervals"], against_itself(cells[0]["floor"])
     data = next(name for name in metrics if name.startswith("fd_") and not name.endswith(("_teacher", "_added")))
     primary = f"{data}_teacher" if f"{data}_teacher" in metrics else data
     titles = {
         f"{data}_teacher": "distance to the teacher's many-step samples of the same noise",
-        data: f"distance to the data (real against real: {floor:.4g})",
+        data: f"distance to the data (real against real: {floor})",
         f"{data}_added": "distance to the data beyond that of the teacher's many-step samples",
         "paired_rmse": "to the teacher's image of the same noise (rewards blur: a diagnostic)",
     }
@@ -68,6 +68,11 @@ def markdown(study: Study, cells: Sequence[Cell]) -> str:
     lines += ["", title, "", *costs(study, cells), "", devices(cells), ""]
     lines += ["## Samplers", "", *samplers(study, cells), ""]
     return "\n".join(lines)
+
+
+def against_itself(floor: float | None) -> str:
+    """The distance of real samples to others; n/a where a data set has none to spare."""
+    return "n/a" if floor is None else f"{floor:.4g}"
 
 
 def heading(cells: Sequence[Cell]) -> str:

@@ -1,0 +1,135 @@
+"""What a sweep of `evaluate` found, as a table and a plot: quality against the number of steps, or whatever number was varied."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..artifacts import digest, write_atomically, write_json
+from ..studies.table import against_itself, header, show
+from .intervals import Interval
+
+MEASURED_BY = ("num_images", "evaluation", "features", "data", "teacher", "precision")  #: what cells of one table share
+SUFFIXES = ("_teacher", "", "_added")  #: of the distances shown, the primary one first
+
+
+class Job(NamedTuple):
+    """One evaluation of a sweep: the words that made it, and its metrics."""
+
+    words: dict[str, str]
+    metrics: dict[str, Any]
+
+
+class Layout(NamedTuple):
+    """How a sweep is laid out: the key along the columns and its values, and the other varied keys, one row a combination."""
+
+    columns: str
+    values: list[str]
+    rows: list[str]
+
+
+def finish(jobs: Sequence[tuple[Sequence[str], dict[str, Any]]]) -> None:
+    """Write table.md, table.json, quality.png and quality.svg of a sweep's jobs, (overrides, metrics) each; print the table."""
+    found = [Job(dict(word.lstrip("+~").split("=", 1) for word in words), metrics) for words, metrics in jobs]
+    if differing := [part for part in MEASURED_BY if len({digest(job.metrics["protocol"][part]) for job in found}) > 1]:
+        print(f"no table: the cells differ in how they are measured ({', '.join(differing)}), so they do not compare")
+        return
+    out = Path(found[0].metrics["folder"]).parents[1] / "sweeps" / digest([job.metrics["protocol"] for job in found])
+    out.mkdir(parents=True, exist_ok=True)
+    made, text = layout(found), markdown(found)
+    write_json(out / "table.json", [{"words": job.words, **job.metrics} for job in found])
+    write_atomically(out / "table.md", lambda p: p.write_text(text))
+    for suffix in ("png", "svg"):
+        write_atomically(out / f"quality.{suffix}", lambda p, kind=suffix: plot(found, made, p, kind))
+    print(text)
+    print(f"written: {out}/table.md, table.json, quality.png, quality.svg")
+
+
+def layout(jobs: Sequence[Job]) -> Layout:
+    """The number of steps along the columns, where it was varied; else the first varied number; else the last varied key."""
+    varied = [key for key in jobs[0].words if len({job.words[key] for job in jobs}) > 1]
+    numeric = [key for key in varied if all(is_number(job.words[key]) for job in jobs)]
+    columns = "nfe" if "nfe" in varied else (numeric or varied[-1:] or list(jobs[0].words)[-1:])[0]
+    values = list(dict.fromkeys(job.words[columns] for job in jobs))
+    return Layout(columns, sorted(values, key=float) if columns in numeric else values, [key for key in varied if key != columns])
+
+
+def is_number(word: str) -> bool:
+    """Whether a word of the command line is a number."""
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def series(jobs: Sequence[Job], made: Layout) -> dict[str, dict[str, Job]]:
+    """The jobs by row and by the value along the columns."""
+    rows: dict[str, dict[str, Job]] = {}
+    for job in jobs:
+        name = ", ".join(row_word(key, job.words[key]) for key in made.rows) or "all"
+        rows.setdefault(name, {})[job.words[made.columns]] = job
+    return rows
+
+
+def row_word(key: str, value: str) -> str:
+    """A member of a group by its name alone, a value with the last part of its key."""
+    return value if "/" in key else f"{key.rpartition('.')[2]} {value}"
+
+
+def distances(jobs: Sequence[Job]) -> list[str]:
+    """The names of the distances that the cells have, the primary one first."""
+    names = [name for name in jobs[0].metrics["intervals"] if name.startswith("fd_")]
+    base = next(name for name in names if not name.endswith(("_teacher", "_added")))
+    return [base + suffix for suffix in SUFFIXES if base + suffix in names]
+
+
+def value(job: Job, name: str) -> Interval:
+    """A metric with its 95 % interval over the held-out noise."""
+    low, high = job.metrics["intervals"][name]
+    return Interval(job.metrics[name], math.nan, low, high)
+
+
+def markdown(jobs: Sequence[Job]) -> str:
+    """One table a distance: rows by combinations of what else was varied."""
+    made, first = layout(jobs), jobs[0].metrics
+    what = "± half of the 95 % interval over the held-out noise; lower is better."
+    lines = [f"N = {first['num_images']:,} samples a cell, real against real {against_itself(first['floor'])}; {what}"]
+    for name in distances(jobs):
+        rows = [
+            "| " + " | ".join([row, *(show(value(found[v], name), name) if v in found else "" for v in made.values)]) + " |"
+            for row, found in series(jobs, made).items()
+        ]
+        titles = [f"{v} NFE" if made.columns == "nfe" else row_word(made.columns, v) for v in made.values]
+        lines += ["", f"## {name}", "", *header(titles), *rows]
+    return "\n".join([*lines, ""])
+
+
+def plot(jobs: Sequence[Job], made: Layout, path: Path, kind: str) -> None:
+    """The primary distance along the columns, one line a row, with intervals; logarithmic where values span a decade."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure, name = Figure(figsize=(6.4, 4.2), dpi=150, layout="constrained"), distances(jobs)[0]
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    numeric = all(is_number(v) for v in made.values)
+    for label, found in series(jobs, made).items():
+        at = [v for v in made.values if v in found]
+        y = [value(found[v], name) for v in at]
+        x, errors = [float(v) for v in at] if numeric else at, ([v.value - v.low for v in y], [v.high - v.value for v in y])
+        axes.errorbar(x, [v.value for v in y], errors, marker="o", markersize=3, label=label)
+    axes.set(xlabel="calls of the velocity a sample (NFE)" if made.columns == "nfe" else made.columns, ylabel=name)
+    shown = [job.metrics[name] for job in jobs]
+    if min(shown) > 0 and max(shown) > 10 * min(shown):
+        axes.set_yscale("log")
+    if made.columns == "nfe":
+        axes.set_xscale("log")
+        axes.set_xticks([float(v) for v in made.values], made.values)
+        axes.minorticks_off()
+    if len(series(jobs, made)) > 1:
+        axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    with matplotlib.rc_context({"svg.hashsalt": "reflow_lab"}):  # the same bytes each time
+        figure.savefig(path, format=kind, metadata={"Date": None} if kind == "svg" else None)
