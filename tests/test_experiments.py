@@ -20,10 +20,11 @@ from reflow_lab.training import train
 (STUDIES,) = [folder for folder in experiments_dirs() if folder.parent == conf_dir().parent]
 NAMES = sorted(str(path.relative_to(STUDIES).with_suffix("")) for path in STUDIES.rglob("*.yaml"))
 SCALES = sorted(path.stem for path in (conf_dir() / "scale").glob("*.yaml"))
-SMALL = [[], *([f"scale={name}"] for name in SCALES if name != "h100_30min")]  # what 10,000 images of Fashion-MNIST are enough for
+SMALL = [[], *([f"scale={name}"] for name in SCALES if name != "h100_30min")]  # Fashion-MNIST has 10,000 images
 EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
 T_MAX = f"t_max={80 / 81}"  # null for `evaluate`: the run's own
 FOREIGN = ("cifar10", "afhqv2", "ffhq", "imagenet64")  # whose data are not at hand
+SCALED = [name for name in EXPERIMENTS if name.startswith((*FOREIGN, "custom")) and name != "custom_finetune"]
 OFFLINE = [name for name in EXPERIMENTS if not name.startswith(FOREIGN)]
 
 
@@ -117,7 +118,7 @@ def test_an_experiment_composes_into_the_verb(hydra, needed, name, verb):
 
 
 @pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name.startswith((*FOREIGN, "custom")) and name != "custom_finetune"])
+@pytest.mark.parametrize("name", SCALED)
 def test_an_experiment_has_every_scale(hydra, needed, name, scale):
     """Its stage takes the budget; half an hour of a GPU is for at most 28M parameters."""
     cfg = compose("train", [f"experiment={name}", f"scale={scale}", *needed(name)])

@@ -5,7 +5,7 @@ import pytest
 from reflow_lab.cli import main
 from reflow_lab.evaluation import sweep
 
-PROTOCOL = {part: 1 for part in sweep.MEASURED_BY}
+PROTOCOL = dict.fromkeys(sweep.MEASURED_BY, 1)
 
 
 def job(folder, words, distance, **protocol):

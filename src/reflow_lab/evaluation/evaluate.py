@@ -219,7 +219,7 @@ def once(make: Callable[[], Any], *key: object) -> Any:
 
 
 def reference(cfg: DictConfig) -> tuple[Reference, float | None]:
-    """The real samples to measure against, and the floor: the distance of as many other real samples to them, if there are any."""
+    """Real samples to measure against, and the floor: the distance of as many other real samples to them, where there are any."""
     num, splits = cfg.evaluation.num_images, [parts.data_source(cfg).split(name) for name in ("reference", "floor")]
 
     def make() -> tuple[Reference, float | None]:

@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> None:
 
 def parser() -> Parser:
     """The words of the verb."""
-    made = Parser(prog="reflow-lab export", description="Weights of a run as one file, which any verb takes as a run or a teacher.")
+    made = Parser(prog="reflow-lab export", description="Weights of a run as one file, which any verb takes.")
     made.add_argument("source", metavar="RUN|FILE", help="a finished run's folder, or a weight file")
     made.add_argument("--out", type=Path, required=True, metavar="FILE", help="e.g. base.safetensors")
     made.add_argument("--profile", help="raw or an average; by default the average with the longest half-life")
