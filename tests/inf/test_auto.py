@@ -62,20 +62,28 @@ def test_from_pure_noise_there_are_no_grids_in_sigma():
 
 @pytest.mark.parametrize("preset", ["baseline", "improved"])
 def test_the_known_samplers_are_the_presets(preset):
-    known = {group: instantiate(node) for group, node in auto.nodes(auto.KNOWN[preset]).items()}
-    assert known == {group: instantiate(node) for group, node in composed("evaluate", f"inf={preset}").inf.items()}
+    given = composed("evaluate", f"inf={preset}").inf
+    for group, node in auto.nodes(auto.KNOWN[preset]).items():
+        assert instantiate(node) == instantiate(given[group])
 
 
 def test_every_choice_is_a_sampler_that_words_of_the_command_line_make():
     for trial in auto.search(value, 30, 3, T_MAX):
         nodes = auto.nodes(trial["choice"])
-        given = composed("evaluate", *auto.overrides(trial["choice"]).split())
-        assert {group: instantiate(node) for group, node in nodes.items()} == {g: instantiate(n) for g, n in given.inf.items()}
+        given = composed("evaluate", *auto.overrides(trial["choice"]).split()).inf
+        assert all(instantiate(node) == instantiate(given[group]) for group, node in nodes.items())
 
 
 def test_words():
     assert auto.words(auto.nodes(auto.KNOWN["native"])) == "HeunSigma on EDM(rho=7.0)"
     assert auto.words(composed("evaluate", "inf=improved").inf) == "DPM(r=0.4) on Sigmoid(kappa=10.0)"
+
+
+def test_a_sampler_replaces_grid_and_solver_and_leaves_the_rest():
+    cfg = composed("evaluate", "inf=auto", "+inf.other=3")
+    changed = auto.with_sampler(cfg, auto.nodes(auto.KNOWN["baseline"]))
+    assert auto.is_asked(cfg) and not auto.is_asked(changed) and changed.inf.other == 3
+    assert auto.words(changed.inf) == "Heun on Uniform" and changed.evaluation == cfg.evaluation
 
 
 # For a flow
@@ -115,17 +123,12 @@ def test_of_a_flow_that_is_known(tmp_path, capsys):
     again = evaluate.tuning_distance(tuning, run)
     for trial in trials[:4]:
         assert again(auto.nodes(trial["choice"])) == pytest.approx(trial["value"])
-    assert parts.plain(settled.inf) == auto.nodes(auto.best(trials)["choice"]) and auto.is_asked(cfg)
-    others = [composed_with(cfg, auto.nodes(choice)) for choice in auto.KNOWN.values()]
+    assert {key: parts.plain(settled.inf[key]) for key in ("grid", "solver")} == auto.nodes(auto.best(trials)["choice"])
+    assert auto.is_asked(cfg)
+    others = [auto.with_sampler(cfg, auto.nodes(choice)) for choice in auto.KNOWN.values()]
     ours, *theirs = (evaluate.measured(with_sampler, run)["fd_points"] for with_sampler in (settled, *others))
     assert found(trials) < min(trial["value"] for trial in trials[:3]) and ours < min(theirs)
     assert auto.overrides(auto.best(trials)["choice"]) in capsys.readouterr().out
-
-
-def composed_with(cfg, nodes):
-    changed = cfg.copy()
-    changed.inf = nodes
-    return changed
 
 
 def test_samplers_that_coincide_are_drawn_once_and_a_finished_search_is_read(tmp_path):

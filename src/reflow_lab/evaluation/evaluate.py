@@ -102,13 +102,13 @@ def settled(cfg: DictConfig, run: Teacher) -> DictConfig:
     """
     if not auto.is_asked(cfg):
         return cfg
-    found, tuning = copy.deepcopy(cfg), copy.deepcopy(cfg)
+    tuning = copy.deepcopy(cfg)
     tuning.evaluation.seed, tuning.evaluation.num_images = cfg.evaluation.search.seed, cfg.evaluation.search.num_images
     fixed = {key: value for key, value in protocol(tuning, run).items() if key not in ("solver", "grid")}
     how = {"search": parts.plain(cfg.evaluation.search), "optuna": importlib.metadata.version("optuna")}
     made = artifact(cfg.outputs, "search", auto.VERSION, **fixed, **how)
-    found.inf = auto.ensure(made, lambda: tuning_distance(tuning, run), f"sampler for nfe {cfg.nfe}")
-    return found
+    found = auto.ensure(made, lambda: tuning_distance(tuning, run), f"sampler for nfe {cfg.nfe}")
+    return auto.with_sampler(cfg, found)
 
 
 def tuning_distance(cfg: DictConfig, run: Teacher) -> Callable[[auto.Nodes], float]:
@@ -118,11 +118,11 @@ def tuning_distance(cfg: DictConfig, run: Teacher) -> Callable[[auto.Nodes], flo
     target = reference(cfg)[0] if cfg.teacher.path is None else teacher_samples(cfg).reference
     known: dict[str, float] = {}
 
-    def distance(inf: auto.Nodes) -> float:
-        cfg.inf = inf
-        same = str((effective_solver(cfg), times(cfg)))  # at 1 and 2 NFE many samplers coincide
+    def distance(sampler: auto.Nodes) -> float:
+        tried = auto.with_sampler(cfg, sampler)
+        same = str((effective_solver(tried), times(tried)))  # at 1 and 2 NFE many samplers coincide
         if same not in known:
-            x0 = torch.cat([from_noise(cfg, velocity, *batch) for batch in noise])
+            x0 = torch.cat([from_noise(tried, velocity, *batch) for batch in noise])
             known[same] = target.distance(features(cfg, x0)) if x0.isfinite().all() else math.inf
         return known[same]
 

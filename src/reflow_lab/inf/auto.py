@@ -5,6 +5,7 @@ tries grids, solvers and their parameters on noise that nothing is reported on; 
 what is found is no worse than they are on that noise.
 """
 
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -36,6 +37,13 @@ KNOWN: dict[str, Choice] = {
 def is_asked(cfg: DictConfig) -> bool:
     """Whether the configuration leaves its sampler to a search."""
     return cfg.inf.get("search") is not None
+
+
+def with_sampler(cfg: DictConfig, sampler: Nodes) -> DictConfig:
+    """The configuration with this grid and solver and nothing left to search; what else `inf` says stays."""
+    changed = copy.deepcopy(cfg)
+    changed.inf = {key: value for key, value in cfg.inf.items() if key != "search"} | sampler
+    return changed
 
 
 def check(num_trials: int) -> None:
