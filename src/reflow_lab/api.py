@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .errors import require
 from .inf.grids import Grid, Sigmoid
+from .inf.guidance import Guidance, check
 from .inf.sampler import sample as integrate
 from .inf.solvers import DPM, Solver
 from .lrn.store import pair_labels, pair_noise
@@ -59,25 +60,28 @@ def sample(
     grid: Grid | None = None,
     t_max: float | None = None,
     label: Tensor | None = None,
+    guidance: Guidance | None = None,
     batch_size: int = 250,
 ) -> Tensor:
     """Samples, float32 (num_images, *velocity.shape) on the CPU; images are about [-1, 1], not clipped.
 
     `nfe` calls of the velocity a sample, by default with the improved INF: DPM-Solver(r = 0.4) on the sigmoid grid, from the
     flow's own t_max. Noise is keyed by (seed, index): the first images of a larger call are the same, to rounding. `label`
-    int64 (num_images,) for a conditional flow, by default uniform over the classes. Runs where the velocity's weights are.
-    Raises `UserError` if a number is below 1, t_max outside (0, 1], or labels do not fit.
+    int64 (num_images,) for a conditional flow, by default uniform over the classes. `guidance`: `ClassifierFree(weight=0.4)` or
+    `Auto(path=..., weight=0.7)` of `inf.guidance`. Runs where the velocity's weights are.
+    Raises `UserError` if a number is below 1, t_max outside (0, 1], or labels or guidance do not fit.
     """
     for key, value in {"num_images": num_images, "batch_size": batch_size}.items():
         require(isinstance(value, int) and value >= 1, key, value, "must be a whole number of at least 1")
     device, start = next(velocity.parameters()).device, velocity.t_max if t_max is None else t_max
     uniform = pair_labels(seed, np.arange(num_images), velocity.num_classes)
     given = uniform if label is None else fitting(label, velocity.num_classes, num_images)
+    guided = check(guidance, velocity.description).velocity(velocity, "32-true", device)
     made = []
     for chunk in chunks(np.arange(num_images), batch_size):
         x1 = pair_noise(seed, chunk, velocity.shape).to(device)
         y = None if given is None else given[torch.from_numpy(chunk)].to(device)
-        made.append(integrate(velocity, x1, solver=solver or DPM(), grid=grid or Sigmoid(), nfe=nfe, t_max=start, label=y).cpu())
+        made.append(integrate(guided, x1, solver=solver or DPM(), grid=grid or Sigmoid(), nfe=nfe, t_max=start, label=y).cpu())
     return torch.cat(made)
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from .data.sources import DataSource
 from .errors import UserError, bad_value, require
+from .inf import guidance as guiding
 from .networks import files
 from .networks.precision import InPrecision, require_precision
 
@@ -152,6 +153,16 @@ class Teacher:
     def velocity(self, cfg: DictConfig) -> InPrecision:
         """The network in the chosen precision, on its device."""
         return InPrecision(files.load(self.path), cfg.precision).to(device(cfg)).eval()
+
+
+def guidance(cfg: DictConfig, run: Teacher, key: str = "inf.guidance") -> guiding.Checked:
+    """The guidance under a key, inf.guidance or pairs.guidance, checked against the flow that it guides."""
+    return guiding.check(instantiate(OmegaConf.select(cfg, key)), run.description, key)
+
+
+def velocity(cfg: DictConfig, run: Teacher, key: str = "inf.guidance") -> nn.Module:
+    """The velocity to sample from: the run's network, guided as the key says."""
+    return guidance(cfg, run, key).velocity(run.velocity(cfg), cfg.precision, device(cfg))
 
 
 def sample_shape(source: DataSource) -> tuple[int, ...]:

@@ -145,12 +145,12 @@ class Checked(NamedTuple):
         """Where the guide was found, for a manifest."""
         return {} if self.guide is None else {"guide_path": str(self.guide.absolute())}
 
-    def velocity(self, velocity: MeanVelocity, precision: str, device: torch.device) -> MeanVelocity:
-        """The velocity guided; the guide, where there is one, comes in this precision and on this device."""
+    def velocity(self, velocity: nn.Module, precision: str, device: torch.device) -> nn.Module:
+        """The velocity guided, in evaluation mode; the guide, where there is one, comes in this precision and on this device."""
         if self.how is None:
             return velocity
-        guide = None if self.guide is None else InPrecision(files.load(self.guide), precision).to(device).eval()
-        return Guided(velocity, guide, self.how.weight, self.how.low, self.how.high)
+        guide = None if self.guide is None else InPrecision(files.load(self.guide), precision).to(device)
+        return Guided(velocity, guide, self.how.weight, self.how.low, self.how.high).eval()
 
 
 def check(how: Guidance | Unguided | None, description: Mapping[str, Any], key: str = "guidance") -> Checked:

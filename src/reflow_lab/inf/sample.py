@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from ..artifacts import write_atomically
 from ..data.sets import to_uint8
 from ..errors import require
 from ..networks.precision import InPrecision
-from . import auto
+from . import auto, guidance
 
 
 def sample(cfg: DictConfig) -> Path:
@@ -26,15 +27,26 @@ def sample(cfg: DictConfig) -> Path:
     parts.check(cfg)
     needs_result = "is for evaluate and study, which measure what they find and print it as words for this command"
     require(not auto.is_asked(cfg), "inf", "auto", needs_result)
-    out = target(cfg.out, flow.shape)
-    flow.velocity = InPrecision(flow.velocity, cfg.precision)
+    parts.require_whole("num_images", cfg.num_images, 1)
+    out, label, device = target(cfg.out, flow.shape), classes(parts.plain(cfg.label), cfg.num_images), parts.device(cfg)
+    guided = guidance.check(instantiate(cfg.inf.guidance), flow.description, "inf.guidance")
+    flow.velocity = guided.velocity(InPrecision(flow.velocity, cfg.precision), cfg.precision, device)
     how = {"solver": instantiate(cfg.inf.solver), "grid": instantiate(cfg.inf.grid), "nfe": cfg.nfe, "t_max": cfg.t_max}
-    made = api.sample(flow.to(parts.device(cfg)), cfg.num_images, seed=cfg.seed, **how)
+    made = api.sample(flow.to(device), cfg.num_images, seed=cfg.seed, label=label, **how)
     require(bool(made.isfinite().all()), "run", cfg.run, "made NaN or infinite samples")
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, lambda p: picture(to_uint8(made)).save(p, "png") if out.suffix == ".png" else save_array(made, p))
-    print(f"{cfg.num_images} samples: {out}")
+    led = f", guidance {guidance.in_words(guided.recipe)}" if guided.recipe else ""
+    print(f"{cfg.num_images} samples{led}: {out}")
     return out
+
+
+def classes(given: Any, num_images: int) -> Tensor | None:
+    """What the key `label` says: a class for all images, or a list of one each; None leaves them to the flow."""
+    listed = given if isinstance(given, list) else [given] * num_images
+    whole = all(isinstance(y, int) and not isinstance(y, bool) for y in listed)
+    require(given is None or whole, "label", given, "must be a class, a whole number, or a list of one for each image")
+    return None if given is None else torch.tensor(listed, dtype=torch.int64)
 
 
 def target(out: str | None, shape: tuple[int, ...]) -> Path:
