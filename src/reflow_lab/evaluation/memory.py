@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class LiveTensors(TorchDispatchMode):
+class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the storages of all tensors that operations return while it is on; `peak` is the largest sum, in bytes.
 
     Views share a storage, which counts once and until its last view dies. What an operation takes and frees inside itself is not
@@ -18,7 +18,7 @@ class LiveTensors(TorchDispatchMode):
     """
 
     def __init__(self, known: Mapping[int, int]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.known, self.now, self.peak = known, 0, 0
         self.held: dict[int, int] = {}
 

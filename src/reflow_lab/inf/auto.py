@@ -23,8 +23,8 @@ VERSION = 1  #: of the recipe: increment when the same configuration means anoth
 Choice = dict[str, Any]  #: grid and solver by the names of their groups' members, and the parameter of each, as Optuna has them
 Nodes = dict[str, dict[str, Any]]  #: the same as members of `inf`: `_target_` and arguments
 
-GRIDS = {"uniform": Uniform, "edm": EDM, "sigmoid": Sigmoid, "logit_uniform": LogitUniform}
-SOLVERS = {"euler": Euler, "heun": Heun, "heun_sigma": HeunSigma, "dpm": DPM}
+GRIDS: dict[str, type] = {"uniform": Uniform, "edm": EDM, "sigmoid": Sigmoid, "logit_uniform": LogitUniform}
+SOLVERS: dict[str, type] = {"euler": Euler, "heun": Heun, "heun_sigma": HeunSigma, "dpm": DPM}
 PARAMETERS = {"sigmoid": "kappa", "edm": "rho", "dpm": "r"}  #: what is searched of a member
 RANGES = {"kappa": (0.0, 30.0, 0.5), "rho": (1.0, 20.0, 0.5), "r": (0.1, 1.0, 0.05)}  #: low, high, step
 KNOWN: dict[str, Choice] = {
@@ -54,7 +54,7 @@ def check(num_trials: int) -> None:
 
 def nodes(choice: Choice) -> Nodes:
     """A choice as members of `inf`."""
-    return {group: _node(members[choice[group]], choice) for group, members in {"grid": GRIDS, "solver": SOLVERS}.items()}
+    return {"grid": _node(GRIDS[choice["grid"]], choice), "solver": _node(SOLVERS[choice["solver"]], choice)}
 
 
 def _node(member: type, choice: Choice) -> dict[str, Any]:

@@ -232,6 +232,5 @@ def run(planned: Planned, runs: dict[tuple[str, int], Path]) -> list[dict[str, A
     runs[row.name, seed] = folder
     found = parts.described(files.find(folder), parts.data_source(training), "run")
     about = {"name": row.name, "overrides": list(row.overrides), "teacher": row.teacher, "seed": seed, "run": str(folder)}
-    settled = [evaluate.settled(cfg, found) for cfg in configs]
-    about["training"] = train.cost(folder)
-    return [about | {"sampler": auto.words(cfg.inf)} | evaluate.measured(cfg, found) for cfg in settled]
+    settled, cost = [evaluate.settled(cfg, found) for cfg in configs], train.cost(folder)
+    return [{**about, "training": cost, "sampler": auto.words(cfg.inf), **evaluate.measured(cfg, found)} for cfg in settled]
