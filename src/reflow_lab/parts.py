@@ -77,6 +77,8 @@ def check(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key)
         off = value is None and key in ("training.gradient_clip", "training.snapshot_every_kimg")
         require(off or (is_number(value) and value > 0), key, value, "must be a positive number")
+    dropout = cfg.training.label_dropout
+    require(is_number(dropout) and 0 <= dropout <= 1, "training.label_dropout", dropout, "must be a probability in [0, 1]")
     require(cfg.seed < 2**31, "seed", cfg.seed, "must be below 2^31")
     require(is_number(cfg.t_max) and 0 < cfg.t_max <= 1, "t_max", cfg.t_max, "must lie in (0, 1]")
     require_precision(cfg.precision)

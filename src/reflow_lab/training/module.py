@@ -16,6 +16,7 @@ from ..data.sets import moved
 from ..dyn.objective import Losses, Objective
 from ..lrn.couplings import Coupling
 from ..noise import bits, uniform
+from .label_dropout import drop_labels
 
 
 class FlowModule(L.LightningModule):
@@ -42,12 +43,14 @@ class FlowModule(L.LightningModule):
         betas: tuple[float, float] = (0.9, 0.999),
         warmup_kimg: float = 0,
         gradient_clip: float | None = None,
+        label_dropout: float = 0,
     ) -> None:
         super().__init__()
         self.velocity, self.objective, self.coupling = velocity, objective, coupling
         self.batch_size, self.seed, self.lr, self.betas = batch_size, seed, lr, betas
         self.warmup_steps = max(1, round(warmup_kimg * 1000 / batch_size))
         self.gradient_clip = float("inf") if gradient_clip is None else gradient_clip
+        self.label_dropout = label_dropout
 
     @property
     def kimg(self) -> float:
@@ -65,6 +68,9 @@ class FlowModule(L.LightningModule):
         self._seed_dropout(step)
         x0, x1, label, augment = self.coupling.batch(step).to(self.device)
         positions = np.arange(step * self.batch_size, step * self.batch_size + len(x0))
+        if self.label_dropout:
+            assert label is not None, "an unconditional flow has no labels to drop"
+            label = drop_labels(label, self.label_dropout, self.seed, positions)
         u = moved(uniform(self.seed, "training/times", positions)[:, 0], self.device)
         velocity = self.velocity if augment is None else functools.partial(self.velocity, augment=augment)
         self.losses = self.objective(velocity, x0, x1, u, label)

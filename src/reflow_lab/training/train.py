@@ -92,8 +92,10 @@ def require_steps(cfg: DictConfig, mixture: Mixture, stored: dict[str, int]) -> 
 
 
 def require_labels(cfg: DictConfig, kinds: Iterable[str]) -> None:
-    """Raise a `UserError` if the network is conditional and a kind of pair does not bring its classes."""
-    classes = parts.net_classes(cfg)
+    """Raise a `UserError` if the network is conditional and a kind of pair lacks its classes, or has no labels to drop."""
+    classes, dropout = parts.net_classes(cfg), cfg.training.label_dropout
+    none = "drops the labels of a conditional network, and this one takes none: set net.network.num_classes"
+    require(classes > 0 or dropout == 0, "training.label_dropout", dropout, none)
     for kind in kinds if classes else ():
         found = parts.data_source(cfg).num_classes if kind in STOCHASTIC else parts.teacher(cfg).num_classes
         require(found == classes, "net.network.num_classes", classes, f"{kind} pairs come with {found} classes")
@@ -186,7 +188,7 @@ def optimise(cfg: DictConfig, folder: Path, network: nn.Module, ema: EMA, total:
     objective = Objective(instantiate(cfg.dyn.time), instantiate(cfg.dyn.metric), instantiate(cfg.dyn.weight))
     counts = announced(mixture, objective, options.batch_size)
     velocity = prepared(network, cfg)
-    names = ("batch_size", "lr", "betas", "warmup_kimg", "gradient_clip")
+    names = ("batch_size", "lr", "betas", "warmup_kimg", "gradient_clip", "label_dropout")
     drawn = Prefetched(coupling) if device == "cuda" else coupling
     module = FlowModule(velocity, objective, drawn, seed=cfg.seed, **{name: options[name] for name in names})
     checkpoint, lines = folder / "last.ckpt", JSONLines(folder / "metrics.jsonl")
@@ -322,4 +324,5 @@ def description(cfg: DictConfig) -> dict[str, Any]:
         "num_classes": parts.net_classes(cfg),
         "t_max": cfg.t_max,
         "kimg": cfg.training.total_kimg,
+        "label_dropout": cfg.training.label_dropout,
     }
