@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -173,6 +174,24 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, monkeypatch, undis
         train(cfg)
     assert f"stopped at step {STOP + 1} of {STEPS}, saved" in capsys.readouterr().out
     assert outcome(train(cfg)) == outcome(undisturbed)
+
+
+def test_a_run_notes_its_cost_over_its_resumes(tmp_path, monkeypatch):
+    """The first leg takes an hour by the clock."""
+    cfg, monotonic, hours = config("train", tmp_path, *BASE), time.monotonic, [0]
+    monkeypatch.setattr(time, "monotonic", lambda: monotonic() + 3600 * hours[0])
+
+    def wait_and_stop():
+        hours[0] += 1
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        watch_weights(patch, at_stop(wait_and_stop))
+        train(cfg)
+    hours[0] += 1  # between the legs
+    cost = training.cost(train(cfg))
+    assert cost["kimg"] == 1.28 and 3600 < cost["seconds"] < 3660 and cost["device"] == parts.device_name(cfg)
+    assert training.cost(tmp_path) == {"kimg": None, "seconds": None, "device": None}
 
 
 COMMAND = f"""
