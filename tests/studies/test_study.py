@@ -10,7 +10,7 @@ from reflow_lab import cli
 from reflow_lab.errors import UserError
 from reflow_lab.evaluation import evaluate
 from reflow_lab.networks import files
-from reflow_lab.studies.study import Row, Study, find, key, merged, read
+from reflow_lab.studies.study import Row, Study, chosen, find, key, merged, read
 from reflow_lab.studies.table import COLUMNS
 from reflow_lab.training import train
 
@@ -103,7 +103,7 @@ def test_rows_win_over_the_command_line_and_it_over_the_study(run, work, monkeyp
     monkeypatch.setattr("reflow_lab.studies.table.write", lambda *_: "")
     monkeypatch.setattr("reflow_lab.studies.study.draw_samples", lambda *_: None)
     write(work, overrides=["training.total_kimg=2", "dyn/weight=edm", "training.lr=1e-5", "scale=mini"])
-    run("training.total_kimg=3", "dyn/weight=velocity", "scale=demo", "seed=4")
+    run("training.total_kimg=3", "dyn/weight=velocity", "scale=demo", "net=mlp", "seed=4")
     base, other = (planned.configs[0] for planned in seen[:2])
     assert (base.training.total_kimg, other.training.total_kimg) == (0, 3)
     assert other.dyn.weight.power == 2 and other.training.lr == 1e-5
@@ -156,6 +156,22 @@ def test_a_row_that_its_teachers_network_does_not_fit_is_found_before_any_traini
     status, _, errors = run()
     line = "teacher.path=the row k = 1: these weights belong to another network; net.sigma_data: 0.5 in the file, 0.3 here"
     assert status == 2 and errors == [f"reflow-lab: {line}"] and not Path("outputs").exists()
+
+
+LADDER = Study("a", (), (1,), (Row("base", ()), Row("BSL", (), "base"), Row("+DYN", (), "BSL"), Row("again", (), "BSL", "BSL")))
+
+
+def test_some_rows_of_a_study_keep_its_order_and_their_effects_where_these_can_be_told():
+    assert chosen(LADDER, None) == LADDER
+    assert chosen(LADDER, ["+DYN", "BSL"]).rows == (Row("BSL", ()), Row("+DYN", (), "BSL"))
+
+
+@pytest.mark.parametrize(
+    ("names", "said"), [(["BSL", "INF"], "must be some of base, BSL"), ([], "must be some"), (["again"], "again needs the row")]
+)
+def test_rows_that_are_not_there_are_one_line(names, said):
+    with pytest.raises(UserError, match="rows=.*" + re.escape(said)):
+        chosen(LADDER, names)
 
 
 def test_merged():

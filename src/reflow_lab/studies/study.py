@@ -3,7 +3,7 @@
 import copy
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from ..training import train
 from . import table
 from .figure import draw_samples
 
-OWN_KEYS = ("study", "seeds", "out", "seed")  #: said of the study, not of its rows
+OWN_KEYS = ("study", "rows", "seeds", "out", "seed")  #: said of the study, not of its rows
 SHARED_KEYS = ("data", "teacher", "evaluation", "precision")  #: without which numbers of two rows do not compare
 
 
@@ -113,6 +113,17 @@ def _names(path: Path, names: list[str], rows: Sequence[Row]) -> None:
         require(row.against in (None, *others), f"{path}: {row.name}.against", row.against, f"must be one of {', '.join(others)}")
         allowed = f"must be one of the rows before it: {', '.join(earlier) or 'there are none'}"
         require(row.teacher in (None, *earlier), f"{path}: {row.name}.teacher", row.teacher, allowed)
+
+
+def chosen(study: Study, names: Sequence[str] | None) -> Study:
+    """The study with these of its rows, in its own order; an effect is left out where the row it is measured against is."""
+    known = [row.name for row in study.rows]
+    wanted = known if names is None else list(map(str, names))
+    require(bool(wanted) and set(wanted) <= set(known), "rows", wanted, f"must be some of {', '.join(known)}")
+    rows = tuple(row if row.against in wanted else replace(row, against=None) for row in study.rows if row.name in wanted)
+    for row in rows:
+        require(row.teacher in (None, *wanted), "rows", wanted, f"{row.name} needs the row that teaches it, {row.teacher}")
+    return replace(study, rows=rows)
 
 
 def merged(*groups: Sequence[str]) -> list[str]:
@@ -209,7 +220,7 @@ def measured_by(cfg: DictConfig) -> dict[str, Any]:
 def study(cfg: DictConfig) -> list[dict[str, Any]]:
     """Run what is missing, then write table.json, table.md and samples.png into `out`; returns the cells of the table."""
     require(isinstance(cfg.seeds, int) and cfg.seeds >= 1, "seeds", cfg.seeds, "must be a whole number of at least 1")
-    described, given = read(find(cfg.study)), own_overrides()
+    described, given = chosen(read(find(cfg.study)), cfg.rows), own_overrides()
     seeds = range(cfg.seed, cfg.seed + cfg.seeds)
     plans = plan(described, seeds, given)
     require_comparable(plans)
