@@ -20,6 +20,7 @@ from ..data.sources import DataSource
 from ..errors import UserError, require
 from ..evaluation.features import Lite0Features
 from ..flow import MeanVelocity
+from ..inf import guidance
 from ..networks import files
 from ..networks.precision import InPrecision
 from ..noise import Indices, chunks, permutation, uniform
@@ -77,12 +78,12 @@ def described(store: PairStore) -> dict[str, str]:
     shape, solver, grid = " x ".join(map(str, about["shape"])), in_words(about["solver"]), in_words(about["grid"])
     held = f"{len(store):,} {about['kind']} pairs of {shape}; {about['half']} stored as {about['dtype']}"
     rules = f"{solver} on {grid}, {about['nfe']} NFE, t_max {about['t_max']:.6g}, {about['precision']}"
-    threads_used = by["threads"] or "any"
+    threads_used, led = by["threads"] or "any", guidance.in_words(about["guidance"])
     origin = f"{by['device']} ({by['processor']}), {threads_used} threads, torch {by['torch']}, reflow_lab {by['reflow_lab']}"
     lines = {
         "pairs": f"{held} in {len(about['shards'])} shards, {total / 1e6:,.1f} MB",
         "teacher": f"{about['teacher']} ({by['teacher_path']}), {about['num_classes'] or 'no'} classes",
-        "drawn by": f"{rules}, guidance {about['guidance'] or 'none'}; seed {about['seed']}, {about['batch_size']} at a time",
+        "drawn by": f"{rules}, guidance {led}; seed {about['seed']}, {about['batch_size']} at a time",
         "made on": origin,
     }
     if about["kind"] == "projected":
@@ -276,16 +277,17 @@ def batches_of(about: dict[str, Any]) -> list[Indices]:
     return [batch for shard in shards for batch in chunks(shard, about["batch_size"])]
 
 
-def teacher_of(about: dict[str, Any], args: Any) -> tuple[InPrecision, torch.device]:
-    """The teacher of a store, on the GPU where there is one; raises a `UserError` if the file is another one."""
+def teacher_of(about: dict[str, Any], args: Any) -> tuple[MeanVelocity, torch.device]:
+    """The teacher of a store, guided as then, on the GPU where there is one; raises a `UserError` if a file is another one."""
     by = about["made_by"]
     path = files.find(args.teacher) if args.teacher else files.find(by["teacher_path"], by["teacher_profile"])
     found = files.weights_hash(path)
     require(
         found == about["teacher"], "--teacher", path, f"has the hash {found}, but these pairs were drawn by {about['teacher']}"
     )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return InPrecision(files.load(path), about["precision"]).to(device).eval(), device
+    device, precision = torch.device("cuda" if torch.cuda.is_available() else "cpu"), about["precision"]
+    network = InPrecision(files.load(path), precision).to(device).eval()
+    return guidance.again(about["guidance"], by, files.describe(path)).velocity(network, precision, device), device
 
 
 def diagnose(store: PairStore, args: Any) -> dict[str, Any]:

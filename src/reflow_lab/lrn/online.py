@@ -61,5 +61,5 @@ def open_online(cfg: DictConfig) -> OnlinePairs:
     sampling = {key: instantiate(cfg.pairs[key]) for key in ("solver", "grid")}
     sampling |= {key: described[key] for key in ("nfe", "t_max")}
     shape = parts.sample_shape(parts.data_source(cfg))
-    velocity = teacher.velocity(cfg).requires_grad_(False)
+    velocity = parts.velocity(cfg, teacher, "pairs.guidance").requires_grad_(False)
     return OnlinePairs(velocity, sampling, shape, teacher.num_classes, cfg.seed, parts.device(cfg))

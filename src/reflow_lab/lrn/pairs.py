@@ -98,7 +98,7 @@ def drawing(cfg: DictConfig, teacher: Teacher) -> dict[str, Any]:
         "grid": parts.plain(cfg.pairs.grid),
         "nfe": cfg.pairs.nfe,
         "t_max": teacher.t_max,
-        "guidance": None,
+        "guidance": parts.guidance(cfg, teacher, "pairs.guidance").recipe,
         "precision": cfg.precision,
     }
 
@@ -157,8 +157,9 @@ def make(cfg: DictConfig, made: Artifact, numbers: range | None = None) -> bool:
     origin = {"teacher_path": str(cfg.teacher.path), "teacher_profile": cfg.teacher.profile, "data": located(cfg)}
     if made.recipe["kind"] == "projected":
         return projected.make(cfg, made, ensure(cfg, projected_from(cfg)), origin, numbers)
-    images, device = parts.data_source(cfg).split("train"), parts.device(cfg)
-    velocity = parts.teacher(cfg).velocity(cfg)
+    images, device, teacher = parts.data_source(cfg).split("train"), parts.device(cfg), parts.teacher(cfg)
+    velocity = parts.velocity(cfg, teacher, "pairs.guidance")
+    origin |= parts.guidance(cfg, teacher, "pairs.guidance").origin
 
     def draw(indices: Indices) -> Iterator[Tensor]:
         return solve(velocity, made.recipe, images, indices, device)
