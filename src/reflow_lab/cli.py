@@ -48,6 +48,10 @@ VERBS = {
         "measure a trained flow at few steps; commas sweep, with a table and a plot",
         finish="reflow_lab.evaluation.sweep:finish",
     ),
+    "inspect": Verb(
+        "reflow_lab.evaluation.inspection:inspect",
+        "look closer: straightness along t, copies of training images, steps, classes, cost",
+    ),
     "sample": Verb("reflow_lab.inf.sample:sample", "draw images from a trained flow"),
     "study": Verb("reflow_lab.studies.study:study", "run every row of a study and print its table"),
     "import": Verb("reflow_lab.networks.import_pickle:main", "take over a published network of EDM or EDM2", is_hydra=False),

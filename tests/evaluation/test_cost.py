@@ -25,9 +25,11 @@ def test_memory_is_the_weights_and_what_is_held_at_once(num: int) -> None:
 
 def test_the_table_has_a_row_a_batch_size_and_a_column_a_number_of_calls() -> None:
     cells = [Cost(size, nfe, size * nfe / 10, 1000.0 * size, []) for size in (1, 8) for nfe in (1, 4)]
-    text = markdown(cells, "a machine")
+    asked = [(size, nfe) for size in (1, 8, 64) for nfe in (1, 4)]
+    text = markdown(cells, asked, "a machine")
     assert text.startswith("Sampling on a machine\n\n| ms an image | 1 NFE | 4 NFE |\n|---|---:|---:|\n")
     assert "| batch 8 | 0.8 | 3.2 |" in text and "| batch 1 | 1000 | 1000 |" in text
+    assert text.count("| batch 64 | no memory | no memory |") == 2
 
 
 @pytest.mark.gpu

@@ -59,5 +59,5 @@ def test_batches_and_labels() -> None:
 
 
 def test_too_few_points_have_no_second_derivative() -> None:
-    with pytest.raises(UserError, match="^per_bin=2: "):
+    with pytest.raises(UserError, match=r"^per_bin=2: "):
         along_time(DATA, noise(), num_bins=1, per_bin=2)

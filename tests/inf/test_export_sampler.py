@@ -47,7 +47,7 @@ def loaded(made, path):
     return torch.export.load(path).module()
 
 
-@pytest.mark.parametrize("solver", [Euler(), Heun(), DPM(), RFPlusPlus()], ids=repr)
+@pytest.mark.parametrize("solver", [Euler(), Heun(), DPM(), pytest.param(RFPlusPlus(), marks=pytest.mark.slow)], ids=repr)
 def test_the_images_are_the_samplers_to_the_bit_in_batches_of_any_size(solver, tmp_path):
     made = velocity()
     program_, how = program(made, solver=solver)

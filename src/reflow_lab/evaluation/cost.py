@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -44,16 +44,15 @@ def cost(make: Callable[[], Tensor], velocity: object, device: torch.device, bat
     return Cost(batch_size, nfe, statistics.median(ms), memory, ms)
 
 
-def markdown(found: Sequence[Cost], device: str) -> str:
-    """Two tables, time and memory: a row a batch size, a column a number of calls."""
-    cells = {(c.batch_size, c.nfe): c for c in found}
-    time_table = _table(cells, "ms an image", lambda c: f"{c.ms_per_image:.3g}")
-    memory_table = _table(cells, "peak memory, MB", lambda c: f"{c.peak_memory_mb:.4g}")
+def markdown(found: Sequence[Cost], asked: Sequence[tuple[int, int]], device: str) -> str:
+    """Two tables, time and memory, a row a batch size, a column a number of calls; asked for and not found: no memory."""
+    time_table = _table(asked, "ms an image", {(c.batch_size, c.nfe): f"{c.ms_per_image:.3g}" for c in found})
+    memory_table = _table(asked, "peak memory, MB", {(c.batch_size, c.nfe): f"{c.peak_memory_mb:.4g}" for c in found})
     return f"Sampling on {device}\n\n{time_table}\n\n{memory_table}\n"
 
 
-def _table(cells: dict[tuple[int, int], Cost], title: str, show: Callable[[Cost], str]) -> str:
-    sizes, calls = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
+def _table(asked: Sequence[tuple[int, int]], title: str, cells: Mapping[tuple[int, int], str]) -> str:
+    sizes, calls = (list(dict.fromkeys(pair[i] for pair in asked)) for i in (0, 1))
     head = f"| {title} | " + " | ".join(f"{n} NFE" for n in calls) + " |\n|---|" + "---:|" * len(calls)
-    rows = [f"| batch {size} | " + " | ".join(show(cells[size, n]) for n in calls) + " |" for size in sizes]
+    rows = [f"| batch {size} | " + " | ".join(cells.get((size, n), "no memory") for n in calls) + " |" for size in sizes]
     return "\n".join([head, *rows])

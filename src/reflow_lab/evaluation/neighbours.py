@@ -1,6 +1,7 @@
 """Whether samples are copies: their nearest training images, beside those of real images that were not trained on."""
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,8 @@ from ..noise import chunks
 Embed = Callable[[Tensor], Tensor]  #: samples as networks see them, (n, ...), to what distances are taken of, (n, d)
 
 
-class Nearest(NamedTuple):
+@dataclass(frozen=True)
+class Nearest:
     """Of each query the distance to its nearest sample, float64 (n,), and that sample's index, int64 (n,)."""
 
     distance: Tensor
@@ -86,5 +88,5 @@ def copies(samples: Tensor, held_out: Tensor, quantile: float = 0.01) -> Copies:
     threshold = float(held_out.double().sort().values[rank - 1])
     count = int((samples.double() < threshold).sum())
     low, high = binomtest(count, num).proportion_ci()
-    p_value = float(betabinom(num, rank, others + 1 - rank).sf(count - 1))
-    return Copies(threshold, rank / (others + 1), count / num, float(low), float(high), p_value)
+    p_value = float(betabinom(num, rank, others + 1 - rank).pmf(np.arange(count, num + 1)).sum())  # sf cancels where it is small
+    return Copies(threshold, rank / (others + 1), count / num, float(low), float(high), min(p_value, 1.0))
