@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 
 from reflow_lab import api, parts
 from reflow_lab.errors import UserError
+from reflow_lab.evaluation import evaluate
 from reflow_lab.flow import NO_LABEL, T_MAX
 from reflow_lab.hydra_errors import explain
 from reflow_lab.inf.guidance import Auto, ClassifierFree
@@ -141,3 +142,57 @@ def test_mistakes(draw, toy, weak, no_network, words, line):
     assert found is not None and "\n" not in found
     with pytest.raises(UserError, match=f"^{line}"):
         raise UserError(found)
+
+
+# The verb `evaluate`
+
+
+@pytest.fixture
+def measure(toy, flow):
+    return lambda *more: evaluate.evaluate(toy.config("evaluate", f"run={flow}", "nfe=3", "inf/solver=euler", *more))
+
+
+def test_an_evaluation_counts_both_networks(measure, weak, capsys):
+    """Times of three uniform steps: t_max, 2/3 and 1/3 of it."""
+    plain, led = measure("inf/grid=uniform"), measure("inf/grid=uniform", *CFG)
+    inner = measure("inf/grid=uniform", "inf/guidance=auto", f"inf.guidance.path={weak}", "inf.guidance.high=0.7")
+    assert [(m["nfe"], m["network_calls"]) for m in (plain, led, inner)] == [(3, 3), (3, 6), (3, 5)]
+    assert len({m["fd_points"] for m in (plain, led, inner)}) == 3 and len({m["straightness"] for m in (plain, led, inner)}) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "nfe 3: " in lines[1] and "nfe 3, network calls 6: " in lines[3] and "nfe 3, network calls 5: " in lines[5]
+    assert ", cfg 1.5: " in lines[2] and f", auto 0.7 for t in [0, 0.7] by {files.weights_hash(weak)}: " in lines[4]
+
+
+def test_the_protocol_holds_the_guidance(measure, weak):
+    assert measure()["protocol"]["guidance"] is None
+    led = {"kind": "cfg", "weight": 1.5, "low": 0.0, "high": 1.0, "guide": None}
+    assert measure(*CFG)["protocol"]["guidance"] == led
+    words = ["inf/guidance=auto", f"inf.guidance.path={weak}"]
+    assert measure(*words)["protocol"]["guidance"]["guide"] == files.weights_hash(weak)
+
+
+def test_a_weight_of_none_is_the_unguided_cell(measure, no_memory, request):
+    first = measure("nfe=4")
+    request.getfixturevalue("no_network")
+    assert measure("nfe=4", *CFG, "inf.guidance.weight=0") == first
+    with pytest.raises(AssertionError, match="a network was called"):
+        measure("nfe=4", *CFG)
+
+
+def test_what_is_sampled_is_what_is_measured(measure, flow, toy):
+    """The first stored samples are those that Python draws from the same noise."""
+    kept = np.load(Path(measure(*CFG)["folder"]) / "samples.npy", allow_pickle=False)
+    cfg, guidance = toy.config("evaluate"), ClassifierFree(weight=1.5)
+    drawn = api.sample(
+        api.load(flow), len(kept), 3, cfg.evaluation.seed, solver=instantiate({"_target_": EULER}), guidance=guidance
+    )
+    torch.testing.assert_close(torch.from_numpy(kept), drawn, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("words", "line"), [case for case in MISTAKES if not case[0][0].startswith("label")])
+def test_mistakes_in_an_evaluation(measure, weak, no_network, words, line):
+    names = {"run=weak": f"run={weak}", "inf.guidance.path=other": "inf.guidance.path=package:fashion_mnist.safetensors"}
+    with pytest.raises(Exception) as caught:
+        measure(*(names.get(word, word) for word in words))
+    with pytest.raises(UserError, match=f"^{line}"):
+        raise UserError(explain(caught.value, "evaluate"))

@@ -19,7 +19,7 @@ from ..artifacts import Artifact, artifact, read_json, write_json
 from ..data.sets import to_uint8
 from ..errors import require
 from ..flow import MeanVelocity
-from ..inf import auto
+from ..inf import auto, guidance
 from ..inf.grids import Uniform
 from ..inf.sampler import CountCalls, sample, sampling_times
 from ..inf.solvers import Euler, TwoCall
@@ -48,7 +48,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     check(cfg)
     cfg = settled(cfg, run)
     metrics = measured(cfg, run)
-    print(f"{run.path}, {auto.words(cfg.inf)}: {metrics['folder']}")
+    led = metrics["protocol"]["guidance"]
+    print(f"{run.path}, {auto.words(cfg.inf)}{f', {guidance.in_words(led)}' if led else ''}: {metrics['folder']}")
     print(summary(metrics))
     return metrics
 
@@ -56,9 +57,10 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
 def summary(metrics: dict[str, Any]) -> str:
     """A line for people: every number, with half of its 95 % interval."""
     halves = {name: f" ± {(high - low) / 2:.2g}" for name, (low, high) in metrics["intervals"].items()}
-    numbers = {name: value for name, value in metrics.items() if isinstance(value, float) and name != "nfe"}
+    numbers = {name: v for name, v in metrics.items() if isinstance(v, float) and name not in ("nfe", "network_calls")}
     shown = ", ".join(f"{name} {value:.4g}{halves.get(name, '')}" for name, value in numbers.items())
-    return f"N {metrics['num_images']}, nfe {metrics['nfe']:g}: {shown}"
+    nfe, calls = metrics["nfe"], metrics["network_calls"]
+    return f"N {metrics['num_images']}, nfe {nfe:g}{f', network calls {calls:g}' if calls != nfe else ''}: {shown}"
 
 
 def check(cfg: DictConfig) -> None:
@@ -113,7 +115,7 @@ def settled(cfg: DictConfig, run: Teacher) -> DictConfig:
 
 def tuning_distance(cfg: DictConfig, run: Teacher) -> Callable[[auto.Nodes], float]:
     """How far a sampler's samples are from the teacher's of that noise, without a teacher from the data; inf where not finite."""
-    velocity, batches = run.velocity(cfg), chunks(np.arange(cfg.evaluation.num_images), cfg.evaluation.batch_size)
+    velocity, batches = parts.velocity(cfg, run), chunks(np.arange(cfg.evaluation.num_images), cfg.evaluation.batch_size)
     noise = [held_out_noise(cfg, run, chunk) for chunk in batches]
     target = reference(cfg)[0] if cfg.teacher.path is None else teacher_samples(cfg).reference
     known: dict[str, float] = {}
@@ -158,6 +160,7 @@ def protocol(cfg: DictConfig, run: Teacher) -> dict[str, Any]:
         "grid": [round(t, 12) for t in times(cfg)],
         "nfe": cfg.nfe,
         "t_max": cfg.t_max,
+        "guidance": parts.guidance(cfg, run).recipe,
         "precision": cfg.precision,
         "num_images": cfg.evaluation.num_images,
         "evaluation": {key: value for key, value in parts.plain(cfg.evaluation).items() if key != "search"},
@@ -260,7 +263,8 @@ class Samples(NamedTuple):
     """What a cell's sampler made, and its cost: time is the median over batches, memory that of a batch."""
 
     x0: Tensor
-    calls_per_image: float
+    nfe: float
+    network_calls: float
     ms_per_image: float
     peak_memory_mb: float
 
@@ -270,7 +274,7 @@ def draw(cfg: DictConfig, run: Teacher) -> Samples:
 
     The first batch sets up and is watched for its memory; the others are timed, and where there are none it again.
     """
-    network, batches = run.velocity(cfg), chunks(np.arange(cfg.evaluation.num_images), cfg.evaluation.batch_size)
+    network, batches = parts.velocity(cfg, run), chunks(np.arange(cfg.evaluation.num_images), cfg.evaluation.batch_size)
     velocity = CountCalls(network)
     with Bar(f"{cfg.name or run.hash} nfe {cfg.nfe}", cfg.evaluation.num_images, "images") as bar:
         first = held_out_noise(cfg, run, batches[0])
@@ -283,8 +287,9 @@ def draw(cfg: DictConfig, run: Teacher) -> Samples:
             made.append(from_noise(cfg, velocity, x1, label))
             ms.append(1000 * (time.perf_counter() - begin) / len(chunk))
             bar.advance(len(chunk) if len(batches) > 1 else 0)
-    calls = velocity.nfe(sum(map(len, made)))
-    return Samples(torch.cat(made[: len(batches)]), calls, statistics.median(ms), peak)
+    total = sum(map(len, made))
+    calls = velocity.nfe(total), velocity.network_calls(total)
+    return Samples(torch.cat(made[: len(batches)]), *calls, statistics.median(ms), peak)
 
 
 def from_noise(cfg: DictConfig, velocity: MeanVelocity, x1: Tensor, label: Tensor | None) -> Tensor:
@@ -302,7 +307,7 @@ def held_out_noise(cfg: DictConfig, run: Teacher, indices: Indices) -> tuple[Ten
 
 
 def flow_straightness(cfg: DictConfig, run: Teacher) -> float:
-    """How straight the flow is, whatever the sampler of the row: Euler with many uniform steps."""
+    """How straight the flow is, unguided and whatever the sampler of the row: Euler with many uniform steps."""
     settings, seed = cfg.evaluation.straightness, cfg.evaluation.seed
 
     def make() -> float:
@@ -325,7 +330,8 @@ def measure(cfg: DictConfig, run: Teacher) -> tuple[dict[str, Any], Tensor, dict
         against_teacher(cfg, drawn.x0, found, resamples)
     metrics = {
         "num_images": cfg.evaluation.num_images,
-        "nfe": drawn.calls_per_image,
+        "nfe": drawn.nfe,
+        "network_calls": drawn.network_calls,
         "floor": floor,
         "straightness": flow_straightness(cfg, run),
         "ms_per_image": drawn.ms_per_image,
