@@ -183,9 +183,7 @@ def test_what_is_sampled_is_what_is_measured(measure, flow, toy):
     """The first stored samples are those that Python draws from the same noise."""
     kept = np.load(Path(measure(*CFG)["folder"]) / "samples.npy", allow_pickle=False)
     cfg, guidance = toy.config("evaluate"), ClassifierFree(weight=1.5)
-    drawn = api.sample(
-        api.load(flow), len(kept), 3, cfg.evaluation.seed, solver=instantiate({"_target_": EULER}), guidance=guidance
-    )
+    drawn = api.sample(api.load(flow), len(kept), 3, cfg.evaluation.seed, solver=Euler(), guidance=guidance)
     torch.testing.assert_close(torch.from_numpy(kept), drawn, rtol=1e-4, atol=1e-4)
 
 
