@@ -15,6 +15,7 @@ from reflow_lab.flow import NO_LABEL, T_MAX
 from reflow_lab.hydra_errors import explain
 from reflow_lab.inf.guidance import Auto, ClassifierFree
 from reflow_lab.inf.sample import sample
+from reflow_lab.inf.solvers import Euler
 from reflow_lab.networks import files
 from tiny import composed
 
