@@ -1,19 +1,30 @@
 """A sampler as one file that needs torch alone: network, grid and solver's steps in one exported program."""
 
 import json
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+import reflow_lab
+
 from ..artifacts import write_atomically
 from ..data.sets import to_uint8
-from ..errors import require
+from ..errors import UserError, require
 from ..flow import MeanVelocity
+from ..hydra_errors import explain
+from ..lrn.store import pair_labels, pair_noise
+from ..networks import files
+from ..paths import conf_dir
+from . import guidance as guiding
 from .grids import Grid
-from .sampler import sampling_times
+from .sampler import sample, sampling_times
 from .solvers import FixedStep, Solver
 
 PROTOCOL = "protocol.json"  #: the file inside the program that says what it does
@@ -82,3 +93,84 @@ def save(made: ExportedProgram, path: Path, protocol: dict[str, Any]) -> None:
             torch.export.save(made, file, extra_files=extra)
 
     write_atomically(path, write)
+
+
+CHECKED = np.arange(3)  #: noise on which a program is compared with the sampler before anyone relies on it
+
+
+class Settings(NamedTuple):
+    """How a program samples."""
+
+    solver: Solver
+    grid: Grid
+    guidance: guiding.Guidance | guiding.Unguided
+    nfe: int
+    t_max: float | None
+
+
+def settings(words: list[str]) -> Settings:
+    """What the words say as those of the verb `sample`: `nfe`, `t_max`, members and settings of `inf`; others are refused."""
+    for word in words:
+        known = re.match(r"[+~]*(nfe|t_max|inf([./]\w+)*)(=|$)", word)
+        require(known is not None, "--sampler", word, "a sampler is told nfe, t_max and inf, e.g. nfe=4 inf/solver=heun")
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            cfg = compose("sample", words)
+        made = (instantiate(cfg.inf[part]) for part in ("solver", "grid", "guidance"))
+        return Settings(*made, nfe=cfg.nfe, t_max=cfg.t_max)
+    except Exception as error:
+        line = explain(error, "sample", overrides=words)
+        if line is None or isinstance(error, UserError):
+            raise
+        raise UserError(line) from error
+
+
+def write(path: Path, words: list[str], out: Path, as_uint8: bool) -> None:
+    """Write the sampler of a weight file as a program, float32 on the CPU, and say how far its images are from the sampler's."""
+    given, description = settings(words), files.describe(path)
+    guided = guiding.check(given.guidance, description, "inf.guidance")
+    require_whole_range(guided)
+    velocity = guided.velocity(files.load(path), "32-true", torch.device("cpu")).requires_grad_(False)
+    t_max = float(description["t_max"]) if given.t_max is None else given.t_max
+    how: dict[str, Any] = {"solver": given.solver, "grid": given.grid, "nfe": given.nfe, "t_max": t_max}
+    shape, classes = tuple(description["shape"]), int(description["num_classes"])
+    made = program(velocity, shape, num_classes=classes, as_uint8=as_uint8, **how)
+    apart = difference(made, velocity, shape, classes, as_uint8, how)
+    more = {"guidance": guided.recipe, "images": "uint8" if as_uint8 else "float32"}
+    save(made, out, protocol(path, description, how) | more)
+    size, takes = out.stat().st_size / 1e6, "x1, label" if classes else "x1"
+    print(f"{out}: {size:.1f} MB, {given.nfe} NFE; its images differ from the sampler's by at most {apart:.2g}")
+    print(f"with torch alone: torch.export.load({str(out)!r}).module()({takes}), x1 noise (n, {', '.join(map(str, shape))})")
+
+
+def difference(
+    made: ExportedProgram, velocity: MeanVelocity, shape: tuple[int, ...], classes: int, as_uint8: bool, how: dict[str, Any]
+) -> float:
+    """How far some images of a program are from the sampler's, at most."""
+    x1, label = pair_noise(0, CHECKED, shape), pair_labels(0, CHECKED, classes)
+    images = sample(velocity, x1, label=label, **how)
+    found = made.module()(*(values for values in (x1, label) if values is not None))
+    return (found.float() - (to_uint8(images) if as_uint8 else images).float()).abs().max().item()
+
+
+def require_whole_range(guided: guiding.Checked) -> None:
+    """Raise a `UserError` for guidance in an interval: which samples it guides is decided while it runs."""
+    whole = guided.how is None or (guided.how.low, guided.how.high) == (0, 1)
+    allowed = "an interval of times cannot be written out; low=0 and high=1 can"
+    require(whole, "inf.guidance", guiding.in_words(guided.recipe), allowed)
+
+
+def protocol(path: Path, description: dict[str, Any], how: dict[str, Any]) -> dict[str, Any]:
+    """What a program does and what it was made from."""
+    return {
+        "weights": files.weights_hash(path),
+        "profile": description.get("profile"),
+        "solver": repr(how["solver"]),
+        "times": sampling_times(**how).tolist(),
+        "nfe": how["nfe"],
+        "t_max": how["t_max"],
+        "shape": description["shape"],
+        "num_classes": description["num_classes"],
+        "reflow_lab": reflow_lab.__version__,
+        "torch": torch.__version__,
+    }
