@@ -55,7 +55,9 @@ VERBS = {
     "sample": Verb("reflow_lab.inf.sample:sample", "draw images from a trained flow"),
     "study": Verb("reflow_lab.studies.study:study", "run every row of a study and print its table"),
     "import": Verb("reflow_lab.networks.import_pickle:main", "take over a published network of EDM or EDM2", is_hydra=False),
-    "export": Verb("reflow_lab.networks.export:main", "the weights of a run as one file, for another machine", is_hydra=False),
+    "export": Verb(
+        "reflow_lab.networks.export:main", "a run's weights, or its sampler, as one file, for another machine", is_hydra=False
+    ),
     "ema": Verb("reflow_lab.training.posthoc:main", "make an average of another length from stored ones", is_hydra=False),
     "bench": Verb("reflow_lab.bench:main", "time training, sampling and pairs against bare loops", is_hydra=False),
 }

@@ -240,24 +240,13 @@ def copies(subject: Subject) -> dict[str, Any]:
     settings, train, floor = subject.settings.copies, subject.split("train"), subject.split("floor")
     indices, num = np.arange(settings.num_images), min(settings.num_images, len(floor))
     samples = subject.draw(indices, subject.labels(indices), subject.cfg.nfe, "samples")
-    asked = to_float(torch.cat((samples, floor.images[:num].cpu())))
-    embeds: dict[str, neighbours.Embed] = {
-        "lite0": lambda x: subject.features(x).to(subject.device),
-        "pixels": lambda x: neighbours.pixels(x.to(subject.device)),
-    }
-    queries = {
-        space: torch.cat([embed(x) for x in torch.split(asked, subject.settings.batch_size)]) for space, embed in embeds.items()
-    }
-    best: dict[str, neighbours.Nearest] = {}
-    with Bar("training images", len(train), "images") as bar:
-        for count, best in neighbours.nearest(queries, train, embeds, subject.settings.batch_size):  # noqa: B007
-            bar.advance(count)
-    arrays = {f"{s}_{key}": getattr(found, key).cpu().numpy() for s, found in best.items() for key in ("distance", "index")}
+    best = search(subject, train, to_float(torch.cat((samples, floor.images[:num].cpu()))))
+    arrays = {f"{space}_{key}": getattr(found, key).numpy() for space, found in best.items() for key in ("distance", "index")}
     write_atomically(subject.folder / "copies.npz", lambda p: save_arrays(p, num_samples=np.int64(len(samples)), **arrays))
-    compared = {space: compare(found.distance.cpu(), len(samples)) for space, found in best.items()}
+    compared = {space: compare(found.distance, len(samples)) for space, found in best.items()}
     pictures.histograms(subject.folder, {SPACES[space]: found for space, found in compared.items()})
-    show_neighbours(subject, samples, {space: found.index.cpu() for space, found in best.items()}, compared)
-    kept = ("threshold", "copies", "median", "median_held_out")
+    show_neighbours(subject, samples, {space: found.index for space, found in best.items()}, compared)
+    kept = ("copies", "median", "median_held_out")
     return {
         "num_samples": len(samples),
         "num_held_out": num,
@@ -265,6 +254,21 @@ def copies(subject: Subject) -> dict[str, Any]:
         "nfe": subject.cfg.nfe,
         "spaces": {space: {key: found[key] for key in kept} for space, found in compared.items()},
     }
+
+
+def search(subject: Subject, train: ImageSet, asked: Tensor) -> dict[str, neighbours.Nearest]:
+    """The nearest training image of each of these images in both spaces, on the CPU; the device makes and compares the vectors."""
+    size = subject.settings.batch_size
+    best: dict[str, neighbours.Nearest] = {}
+    embeds: dict[str, neighbours.Embed] = {
+        "lite0": lambda x: subject.features(x).to(subject.device),
+        "pixels": lambda x: neighbours.pixels(x.to(subject.device)),
+    }
+    queries = {space: torch.cat([embed(x) for x in torch.split(asked, size)]) for space, embed in embeds.items()}
+    with Bar("training images", len(train), "images") as bar:
+        for count, best in neighbours.nearest(queries, train, embeds, size):  # noqa: B007
+            bar.advance(count)
+    return {space: neighbours.Nearest(found.distance.cpu(), found.index.cpu()) for space, found in best.items()}
 
 
 def save_arrays(path: Path, **arrays: Any) -> None:
@@ -307,11 +311,11 @@ def words_of_copies(found: dict[str, Any]) -> list[str]:
             lines.append(f"{line}); no held-out images to compare with")
             continue
         near = about["copies"]
-        share, low, high, expected = (f"{100 * near[key]:.3g}" for key in ("share", "low", "high", "expected"))
+        share, low, high = (f"{100 * near[key]:.3g}" for key in ("share", "low", "high"))
         verdict = "more than chance" if near["p_value"] < 0.01 else "no more than chance"
         lines.append(f"{line}; held-out images {about['median_held_out']:.3g})")
         lines.append(
-            f"  {share} % of {found['num_samples']:,} samples, [{low}, {high}], are nearer than the nearest {expected} % of "
+            f"  {share} % of {found['num_samples']:,} samples, [{low}, {high}], are nearer than the nearest {100 * near['expected']:.2g} % of "
             f"{found['num_held_out']:,} held-out images: {verdict} (p = {near['p_value']:.2g})"
         )
     return lines
@@ -332,10 +336,8 @@ def steps(subject: Subject) -> dict[str, Any]:
 
 def words_of_steps(found: dict[str, Any]) -> list[str]:
     """How much the images still change."""
-    each = ", ".join(f"{value:.3g} at {nfe}" for nfe, value in found["rmse_to_most"].items())
-    return [
-        f"rmse in [-1, 1] to the images at {found['most']} NFE, {found['num_images']} of them: {each or 'none else asked for'}"
-    ]
+    each = ", ".join(f"{value:.3g} at {nfe} NFE" for nfe, value in found["rmse_to_most"].items())
+    return [f"rmse in units of [-1, 1], {found['num_images']} images, to those at {found['most']} NFE: {each or 'no others'}"]
 
 
 def classes(subject: Subject) -> dict[str, Any]:
@@ -386,10 +388,8 @@ def words_of_classes(found: dict[str, Any]) -> list[str]:
     floor = f", floor {about['mean_floor']:.4g}" if "mean_floor" in about else ", no held-out images for a floor"
     span = f"{min(nums)}" if min(nums) == max(nums) else f"{min(nums)} to {max(nums)}"
     mean = f"fd_lite0 {about['mean']:.4g} on average over {len(nums)} classes of {span} images{floor}"
-    return [
-        f"{mean}; worst {about['worst']:.4g}, class {about['worst_class']:.0f}; biased upwards by few images, as the floor is",
-        *lines,
-    ]
+    worst = f"worst {about['worst']:.4g}, class {about['worst_class']:.0f}"
+    return [f"{mean}; {worst}; few images bias it upwards, the floor alike", *lines]
 
 
 def costs(subject: Subject) -> dict[str, Any]:
@@ -411,8 +411,8 @@ def costs(subject: Subject) -> dict[str, Any]:
 def cell(subject: Subject, size: int, nfe: int) -> list[Cost]:
     """One batch size at one number of calls; none if it needs more memory than the GPU has."""
     indices = np.arange(size)
-    x1, label = subject.noise(indices), subject.labels(indices)
-    repeats = subject.settings.cost.repeats
+    x1, labels = subject.noise(indices), subject.labels(indices)
+    label, repeats = None if labels is None else labels.to(subject.device), subject.settings.cost.repeats
     try:
         return [cost(lambda: subject.make(x1, label, nfe), subject.velocity, subject.device, size, nfe, repeats)]
     except torch.cuda.OutOfMemoryError:

@@ -27,9 +27,10 @@ def pixels(samples: Tensor) -> Tensor:
     return samples.flatten(1) / samples[0].numel() ** 0.5
 
 
-def none_yet(num: int) -> Nearest:
-    """Of queries that have seen no sample."""
-    return Nearest(torch.full((num,), torch.inf, dtype=torch.float64), torch.full((num,), -1))
+def none_yet(queries: Tensor) -> Nearest:
+    """Of queries (n, d) that have seen no sample."""
+    num, where = len(queries), queries.device
+    return Nearest(torch.full((num,), torch.inf, dtype=torch.float64, device=where), torch.full((num,), -1, device=where))
 
 
 def nearer(best: Nearest, queries: Tensor, vectors: Tensor, first: int) -> Nearest:
@@ -47,12 +48,12 @@ def nearer(best: Nearest, queries: Tensor, vectors: Tensor, first: int) -> Neare
 def nearest(
     queries: Mapping[str, Tensor], samples: SampleSet, embeds: Mapping[str, Embed], batch_size: int
 ) -> Iterable[tuple[int, dict[str, Nearest]]]:
-    """The nearest of all samples to each query in each of several spaces, in one pass, batch by batch on the CPU.
+    """The nearest of all samples to each query in each of several spaces, in one pass, batch by batch.
 
-    queries[space], (n, d), lie in the space of embeds[space]. Yields how many samples were looked at and the nearest so far;
-    the last ones are the result. Memory does not grow with the number of samples.
+    queries[space], (n, d), lie in the space and on the device of what embeds[space] makes. Yields how many samples were looked
+    at and the nearest so far; the last ones are the result. Memory does not grow with the number of samples.
     """
-    best = {space: none_yet(len(vectors)) for space, vectors in queries.items()}
+    best = {space: none_yet(vectors) for space, vectors in queries.items()}
     for chunk in chunks(np.arange(len(samples)), batch_size):
         x, _ = samples.take(chunk, "cpu")
         best = {s: nearer(best[s], queries[s], embeds[s](x), int(chunk[0])) for s in queries}

@@ -116,8 +116,8 @@ def settings(words: list[str]) -> Settings:
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             cfg = compose("sample", words)
-        made = (instantiate(cfg.inf[part]) for part in ("solver", "grid", "guidance"))
-        return Settings(*made, nfe=cfg.nfe, t_max=cfg.t_max)
+        solver, grid, how = (instantiate(cfg.inf[part]) for part in ("solver", "grid", "guidance"))
+        return Settings(solver, grid, how, cfg.nfe, cfg.t_max)
     except Exception as error:
         line = explain(error, "sample", overrides=words)
         if line is None or isinstance(error, UserError):
