@@ -1,8 +1,11 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from reflow_lab.data.sets import ImageSet, to_float
+from reflow_lab.evaluation.memory import LiveTensors
 from reflow_lab.evaluation.neighbours import Nearest, copies, nearest, pixels
 
 
@@ -49,6 +52,20 @@ def test_every_sample_is_counted_and_taken_once(monkeypatch: pytest.MonkeyPatch)
     steps = list(nearest({"pixels": pixels(torch.zeros(1, 3, 4, 4))}, samples, {"pixels": pixels}, 16))
     assert [num for num, _ in steps] == [16, 16, 16, 2]
     assert np.concatenate(taken).tolist() == list(range(50))
+
+
+def test_memory_does_not_grow_with_the_set_which_may_be_mapped_from_a_file(tmp_path: Path) -> None:
+    peaks = []
+    for num in (100, 1000):
+        np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (num, 3, 4, 4), dtype=np.uint8))
+        mapped = np.load(tmp_path / "images.npy", mmap_mode="r+")
+        samples = ImageSet(torch.from_numpy(mapped), None, "mapped")
+        asked = pixels(to_float(samples.images[:5]))
+        with LiveTensors({}) as live:
+            best = found({"pixels": asked}, samples, {"pixels": pixels}, 20)["pixels"]
+        assert best.index.tolist() == [0, 1, 2, 3, 4]
+        peaks.append(live.peak)
+    assert peaks[1] < 1.5 * peaks[0]
 
 
 def test_copies_are_a_share_beyond_chance_and_novel_samples_are_not() -> None:

@@ -257,7 +257,7 @@ def copies(subject: Subject) -> dict[str, Any]:
 
 
 def search(subject: Subject, train: ImageSet, asked: Tensor) -> dict[str, neighbours.Nearest]:
-    """The nearest training image of each of these images in both spaces, on the CPU; the device makes and compares the vectors."""
+    """The nearest training image of each of these images in both spaces; the device makes and compares the vectors."""
     size = subject.settings.batch_size
     best: dict[str, neighbours.Nearest] = {}
     embeds: dict[str, neighbours.Embed] = {
@@ -312,11 +312,12 @@ def words_of_copies(found: dict[str, Any]) -> list[str]:
             continue
         near = about["copies"]
         share, low, high = (f"{100 * near[key]:.3g}" for key in ("share", "low", "high"))
+        nearest = f"the nearest {100 * near['expected']:.2g} % of {found['num_held_out']:,} held-out images"
         verdict = "more than chance" if near["p_value"] < 0.01 else "no more than chance"
         lines.append(f"{line}; held-out images {about['median_held_out']:.3g})")
         lines.append(
-            f"  {share} % of {found['num_samples']:,} samples, [{low}, {high}], are nearer than the nearest {100 * near['expected']:.2g} % of "
-            f"{found['num_held_out']:,} held-out images: {verdict} (p = {near['p_value']:.2g})"
+            f"  {share} % of {found['num_samples']:,} samples, [{low}, {high}], are nearer than {nearest}: "
+            f"{verdict} (p = {near['p_value']:.2g})"
         )
     return lines
 
