@@ -188,7 +188,7 @@ def test_what_is_sampled_is_what_is_measured(measure, flow, toy):
     torch.testing.assert_close(torch.from_numpy(kept), drawn, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("words", "line"), [case for case in MISTAKES if not case[0][0].startswith("label")])
+@pytest.mark.parametrize(("words", "line"), [MISTAKES[i] for i in (6, -1)])
 def test_mistakes_in_an_evaluation(measure, weak, no_network, words, line):
     names = {"run=weak": f"run={weak}", "inf.guidance.path=other": "inf.guidance.path=package:fashion_mnist.safetensors"}
     with pytest.raises(Exception) as caught:
