@@ -27,6 +27,7 @@ from ..progress import Bar
 from . import curvature, neighbours, per_class, pictures
 from .cost import Cost, cost, markdown
 from .features import Lite0Features
+from .intervals import Z95
 from .paired import paired_mse
 from .per_class import ClassDistance, distance_of_few
 
@@ -229,7 +230,7 @@ def words_of_straightness(found: dict[str, Any]) -> list[str]:
     ends = [sum(d for d, at in zip(deviation, t, strict=True) if low <= at < high) for low, high in ((0, 0.2), (0.8, 1))]
     low, high = (100 * end / max(sum(deviation), 1e-30) for end in ends)
     return [
-        f"{total['mean']:.4g} ± {pictures.Z95 * total['standard_error']:.2g} (0: straight, at constant speed; per dimension, "
+        f"{total['mean']:.4g} ± {Z95 * total['standard_error']:.2g} (0: straight, at constant speed; per dimension, "
         f"{found['num_images']} paths); {low:.0f} % of it at t < 0.2, {high:.0f} % at t > 0.8",
         f"sharpest turn at t = {t[sharpest]:.3f}: dv/dt {acceleration[sharpest]:.3g}, {np.mean(acceleration):.3g} on average",
     ]
