@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from torch import nn
 
 from .. import parts
 from ..artifacts import Artifact, artifact, read_json, write_json
-from ..data.sets import resident
+from ..data.augment import AUGMENT_DIM, UNCHANGED, Augmentation
+from ..data.sets import SampleSet, resident
 from ..dyn.objective import Objective
 from ..errors import UserError, require
 from ..lrn import online, pairs
@@ -39,6 +40,7 @@ from .ema import EMA, Snapshots
 from .few_step import FewStep
 from .lifecycle import Checkpoints, Clock, DurableCheckpoints, JSONLines, Report, Steps
 from .module import FlowModule
+from .overfitting import Overfitting
 
 VERSION = 1  #: of the recipe: increment when the same configuration means another result
 BIASED = "dyn.weight or dyn.metric: the minimiser is not E[x0 | x_t] under"
@@ -66,6 +68,7 @@ def plan(cfg: DictConfig) -> Artifact:
     mixture = instantiate(cfg.lrn.coupling)
     kinds = mixture.weights if cfg.training.total_kimg else {}
     require_labels(cfg, kinds)
+    require_augmentable(cfg, kinds)
     stores = {kind: pairs.plan(cfg, kind) for kind in kinds if kind in STORED}
     drawn = {"online": online.recipe(cfg)} if "online" in kinds else {}
     inputs: dict[str, Any] = {
@@ -99,6 +102,23 @@ def require_labels(cfg: DictConfig, kinds: Iterable[str]) -> None:
     for kind in kinds if classes else ():
         found = parts.data_source(cfg).num_classes if kind in STOCHASTIC else parts.teacher(cfg).num_classes
         require(found == classes, "net.network.num_classes", classes, f"{kind} pairs come with {found} classes")
+
+
+def require_augmentable(cfg: DictConfig, kinds: Iterable[str]) -> None:
+    """Raise a `UserError` if images are to be flipped or augmented where no image gets fresh noise, or no labels go in."""
+    flips, probability = cfg.training.flips, cfg.training.augment
+    require(isinstance(flips, bool), "training.flips", flips, "must be true or false")
+    fits = parts.is_number(probability) and 0 <= probability <= 1
+    require(fits, "training.augment", probability, "must be a probability in [0, 1]")
+    fresh = "acts on images with fresh noise (lrn/coupling=independent or minibatch_ot), not on stored or online pairs"
+    for key, value in {"training.flips": flips, "training.augment": probability}.items() if kinds else ():
+        require(not value or any(kind in STOCHASTIC for kind in kinds), key, value, f"{fresh}; pairs.flips is for stored ones")
+        require(
+            not value or len(parts.sample_shape(parts.data_source(cfg))) == 3, key, value, "is for images: these data are points"
+        )
+    taken = int(cfg.net.get("network", cfg.net).get("augment_dim", 0))
+    allowed = f"needs a network that takes {AUGMENT_DIM} augmentation labels; net.network.augment_dim={taken}"
+    require(not probability or taken == AUGMENT_DIM, "training.augment", probability, allowed)
 
 
 def start_file(cfg: DictConfig) -> Path:
@@ -149,11 +169,16 @@ def sources(cfg: DictConfig, kinds: Iterable[str]) -> dict[str, Pairs]:
             return replace(pairs.ensure(cfg, kind), images=images)
         if kind == "online":
             return online.open_online(cfg)
-        if kind == "minibatch_ot":
-            return MinibatchOTPairs(images, cfg.seed, by_class=parts.net_classes(cfg) > 0)
-        return IndependentPairs(images, cfg.seed)
+        return from_data(cfg, kind, images, Augmentation(cfg.training.flips, cfg.training.augment))
 
     return {kind: source(kind) for kind in kinds}
+
+
+def from_data(cfg: DictConfig, kind: str, images: SampleSet, augmentation: Augmentation = UNCHANGED) -> IndependentPairs:
+    """Images with fresh noise, of one of the kinds STOCHASTIC."""
+    if kind == "minibatch_ot":
+        return MinibatchOTPairs(images, cfg.seed, augmentation, by_class=parts.net_classes(cfg) > 0)
+    return IndependentPairs(images, cfg.seed, augmentation)
 
 
 def steps(cfg: DictConfig) -> int:
@@ -244,15 +269,28 @@ def announced(mixture: Mixture, objective: Objective, batch_size: int) -> dict[s
 
 
 def watchers(cfg: DictConfig, folder: Path, heldout: Coupling) -> list[L.Callback]:
-    """What looks on while the flow trains: losses by time (DYN), few-step samples (INF), bar and log."""
+    """What looks on while the flow trains: losses by time (DYN), overfitting, few-step samples (INF), bar and log."""
     options, mixture = cfg.trainer, instantiate(cfg.lrn.coupling)
     sampling = {"solver": instantiate(cfg.inf.solver), "grid": instantiate(cfg.inf.grid), "nfe": cfg.nfe, "t_max": cfg.t_max}
     counts, paired = shares(mixture.weights, cfg.training.num_heldout), not mixture.stochastic
     return [
         ByTime(heldout, options.diagnostics_every_kimg, counts),
+        *overfitting(cfg, list(mixture.weights)),
         FewStep(heldout, **sampling, every_kimg=options.few_step_every_kimg, paired=paired, picture_path=folder / "few_step.png"),
         Report(cfg.name or folder.name, options.log_every_kimg),
     ]
+
+
+def overfitting(cfg: DictConfig, kinds: Sequence[str]) -> list[L.Callback]:
+    """The overfitting check of a base flow, whose pairs all come from data; none where no images are held out.
+
+    A ReFlow has pairs held out, which `ByTime` looks at.
+    """
+    splits = [parts.data_source(cfg).split(name) for name in ("train", "floor")]
+    if not set(kinds) <= {*STOCHASTIC} or not all(map(len, splits)):
+        return []
+    train, heldout = (from_data(cfg, kinds[0], split) for split in splits)
+    return [Overfitting(train, heldout, cfg.trainer.diagnostics_every_kimg)]
 
 
 def prepared(network: nn.Module, cfg: DictConfig) -> InPrecision:
