@@ -63,6 +63,7 @@ class Sizes:
     teacher_nfe: int = 35
     num_stored: int = 1_000_000
     read_s: float = 10.0
+    num_features: int = 20_000
 
 
 QUICK = Sizes(
@@ -77,11 +78,12 @@ QUICK = Sizes(
     teacher_nfe=3,
     num_stored=20_000,
     read_s=0.2,
+    num_features=1000,
 )
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run `bench train`, `bench sample` or `bench pairs` and print what it found as JSON."""
+    """Run one of the benches and print what it found as JSON."""
     args = parser().parse_args(argv)
     require(args.device != "cuda" or torch.cuda.is_available(), "--device", "cuda", "no CUDA device here; allowed: auto, cpu")
     require(args.repeats is None or args.repeats >= 1, "--repeats", args.repeats, "must be at least 1")
@@ -98,8 +100,8 @@ def main(argv: Sequence[str]) -> None:
 
 def parser() -> Parser:
     """The words of the verb."""
-    made = Parser(prog="reflow-lab bench", description="Time training, sampling or pairs against bare loops; JSON on stdout.")
-    made.add_argument("what", choices=list(BENCHES), help="our training step, our sampler, or the pair store")
+    made = Parser(prog="reflow-lab bench", description="Time our parts against bare loops and other packages; JSON on stdout.")
+    made.add_argument("what", choices=list(BENCHES), help="what to time")
     made.add_argument("--repeats", type=int, help=f"turns of each contender (default {Sizes.repeats})")
     made.add_argument("--device", choices=list(ACCELERATORS), default="auto")
     made.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works: the figures mean nothing")
@@ -140,10 +142,18 @@ def bench_pairs(device: str, sizes: Sizes) -> dict[str, Any]:
     return measure(device, sizes)
 
 
+def bench_evaluate(device: str, sizes: Sizes) -> dict[str, Any]:
+    """Features and Fréchet distance of the same images against torch-fidelity."""
+    from .bench_evaluate import measure  # which builds on this module
+
+    return measure(device, sizes)
+
+
 BENCHES: dict[str, Callable[[str, Sizes], dict[str, Any]]] = {
     "train": bench_train,
     "sample": bench_sample,
     "pairs": bench_pairs,
+    "evaluate": bench_evaluate,
 }
 
 

@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from reflow_lab import parts
-from reflow_lab.artifacts import read_json
+from reflow_lab.artifacts import file_hash, read_json
+from reflow_lab.cli import main
 from reflow_lab.errors import UserError
 from reflow_lab.evaluation import evaluate
 from reflow_lab.evaluation.features import WEIGHT_HASH
@@ -134,7 +135,7 @@ def test_the_protocol_says_how(toy: Lab, measure) -> None:  # type: ignore[no-un
     assert len(protocol["grid"]) == 4 and protocol["grid"][0] == pytest.approx(80 / 81) and protocol["grid"][-1] == 0
     assert (protocol["profile"], protocol["weights"]) == ("raw", files.weights_hash(weights))
     assert (protocol["num_images"], protocol["precision"], protocol["t_max"]) == (1000, "32-true", pytest.approx(80 / 81))
-    assert protocol["features"] is None
+    assert protocol["features"] == {"network": "points", "weight_hash": ""}
     assert json.loads((Path(metrics["folder"]) / "metrics.json").read_text())["protocol"] == protocol
 
 
@@ -224,7 +225,11 @@ MISTAKES = {
     "evaluation.num_resamples=1": "evaluation.num_resamples=1: must be",
     "evaluation.straightness.nfe=0": "evaluation.straightness.nfe=0: must be",
     "evaluation.seed=1000": "evaluation.seed=1000: must differ from pairs.seed",
-    "evaluation.features.resolution=8": "evaluation.features.resolution=8: a whole number of at least 32",
+    "evaluation.num_seeds=0": "evaluation.num_seeds=0: must be",
+    "evaluation.num_seeds=990": "evaluation.seed=1000: must differ from pairs.seed",
+    "evaluation.reference=nowhere.npz": "evaluation.reference=nowhere.npz: no such file; null, all, or",
+    "evaluation.metrics=[fid]": r"evaluation.metrics=\['fid'\]: must be a list of some of kid",
+    "evaluation.metrics=[inception_score]": "evaluation.metrics=.*: inception_score needs evaluation/features=inception",
     "run=null": "run=null: give a run folder",
     "run=nowhere.safetensors": "nowhere.safetensors: no such file",
     "profile=ema3": "profile=ema3: allowed: ema0.1, raw",
@@ -283,3 +288,47 @@ def test_a_single_batch_is_measured_as_several_are(toy: Lab, measure) -> None:  
     one, several = measure("nfe=3", "evaluation.batch_size=1000"), measure("nfe=3", "evaluation.batch_size=400")
     assert one["nfe"] == several["nfe"] == 3
     assert one["paired_rmse"] == pytest.approx(several["paired_rmse"], rel=1e-4)
+
+
+# What one may measure beside
+
+
+def test_more_metrics_of_the_same_features(measure) -> None:  # type: ignore[no-untyped-def]
+    found = measure("nfe=6", "evaluation.metrics=[kid,precision_recall]")
+    plain = measure("nfe=6")
+    assert found["fd_points"] == plain["fd_points"] and "kd_points" not in plain
+    assert found["scores"] == ["kd_points", "kd_points_std", "precision", "recall"] and found["kd_points_std"] >= 0
+    assert 0 < found["precision"] <= 1 and 0 < found["recall"] <= 1
+    assert measure("nfe=1", "evaluation.metrics=[precision_recall]")["precision"] < found["precision"] - 0.2
+
+
+def test_all_real_samples_or_their_statistics_may_be_the_reference(measure, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    some, whole = measure("nfe=6"), measure("nfe=6", "evaluation.reference=all", "evaluation.metrics=[kid]")
+    assert whole["protocol"]["reference"] == {**some["protocol"]["reference"], "num_images": 2000}
+    assert abs(whole["fd_points"] / some["fd_points"] - 1) < 0.2 and whole["fd_points"] != some["fd_points"]
+    (kept,) = (Path(whole["folder"]).parents[1] / "reference").glob("*/statistics.npz")
+    path = tmp_path / "statistics.npz"
+    path.write_bytes(kept.read_bytes())
+    named = measure("nfe=6", f"evaluation.reference={path}")
+    assert named["fd_points"] == whole["fd_points"] and named["protocol"]["reference"]["statistics"] == file_hash(path)
+    with pytest.raises(UserError, match="statistics are no samples"):
+        measure("nfe=6", f"evaluation.reference={path}", "evaluation.metrics=[kid]")
+
+
+def test_several_sets_of_samples(measure, capsys) -> None:  # type: ignore[no-untyped-def]
+    """EDM's convention is the minimum; every set has noise of its own, and a cell of its own."""
+    found = measure("nfe=6", "evaluation.num_seeds=3", "evaluation.metrics=[kid]")
+    alone = [measure("nfe=6", f"evaluation.seed={11 + i}", "evaluation.metrics=[kid]") for i in range(3)]
+    for name in ("fd_points", "fd_points_teacher", "paired_rmse", "kd_points"):
+        values = [cell[name] for cell in alone]
+        assert found["over_seeds"][name]["values"] == values and len(set(values)) == 3
+        assert found["over_seeds"][name]["min"] == min(values)
+        assert found["over_seeds"][name]["std"] == pytest.approx(np.std(values, ddof=1))
+    assert "fd_points over 3 sets of samples: minimum" in capsys.readouterr().out
+    assert "over_seeds" not in alone[0]
+
+
+def test_features_of_a_wrong_size_are_one_line(images: Lab, capsys) -> None:  # type: ignore[no-untyped-def]
+    words = images.words(f"run={images.teacher}", "evaluation.features.resolution=8")
+    assert main(["evaluate", *words]) == 2
+    assert "evaluation.features.resolution=8: a whole number of at least 32" in capsys.readouterr().err

@@ -12,8 +12,8 @@ def job(folder, words, distance, **protocol):
     """An evaluation's words and metrics, with intervals of ± 1."""
     names = {"fd_lite0": distance, "fd_lite0_teacher": distance / 2}
     intervals = {name: [value - 1, value + 1] for name, value in names.items()}
-    shared = {"folder": str(folder / "evaluate" / "key"), "num_images": 10, "floor": 3.0, "intervals": intervals}
-    return words.split(), {**names, **shared, "protocol": PROTOCOL | protocol | {"words": words}}
+    shared = {"folder": str(folder / "evaluate" / "key"), "num_images": 10, "floor": 3.0, "distance": "fd_lite0"}
+    return words.split(), {**names, **shared, "intervals": intervals, "protocol": PROTOCOL | protocol | {"words": words}}
 
 
 def swept(folder, capsys):

@@ -5,7 +5,8 @@ import importlib.metadata
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from .. import parts
-from ..artifacts import Artifact, artifact, read_json, write_json
+from ..artifacts import Artifact, artifact, file_hash, read_json, write_json
 from ..data.sets import to_uint8
 from ..errors import require
 from ..flow import MeanVelocity
@@ -29,14 +30,18 @@ from ..networks import files
 from ..noise import Indices, chunks
 from ..parts import Teacher
 from ..progress import Bar
-from .features import Lite0Features
+from . import reference as real_statistics
+from . import scores
+from .features import FeatureNetwork, PointFeatures, identity
 from .frechet import Linearised, Reference
 from .intervals import interval, linear_bootstrap, mean_bootstrap
 from .memory import peak_memory_mb
+from .metrics import distance_name as metric_name
 from .paired import BANDS, feature_distance, paired_mse_by_band, paired_rmse
 from .straightness import sample_straightness
 
-VERSION = 3  #: of the recipe: increment when the same configuration means another result
+VERSION = 4  #: of the recipe: increment when the same configuration means another result
+NOT_MEASURING = ("search", "num_seeds", "features", "reference")  #: settings that change no cell, or are said by what they name
 NUM_SHOWN = {"images": 64, "points": 2000}  #: first samples kept, for pictures
 
 
@@ -46,12 +51,33 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     if cfg.t_max is None:
         cfg.t_max = run.t_max
     check(cfg)
-    cfg = settled(cfg, run)
-    metrics = measured(cfg, run)
+    metrics = over_seeds([measured(settled(one, run), run) for one in by_seed(cfg)])
     led = metrics["protocol"]["guidance"]
-    print(f"{run.path}, {auto.words(cfg.inf)}{f', {guidance.in_words(led)}' if led else ''}: {metrics['folder']}")
+    print(f"{run.path}, {auto.words(settled(cfg, run).inf)}{f', {guidance.in_words(led)}' if led else ''}: {metrics['folder']}")
     print(summary(metrics))
     return metrics
+
+
+def by_seed(cfg: DictConfig) -> list[DictConfig]:
+    """The configuration once for each of `evaluation.num_seeds` sets of samples."""
+    found = []
+    for number in range(cfg.evaluation.num_seeds):
+        one = copy.deepcopy(cfg)
+        one.evaluation.seed += number
+        found.append(one)
+    return found
+
+
+def over_seeds(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The metrics of the first set of samples; of several `over_seeds`, with each metric's minimum, mean and spread."""
+    first, names = cells[0], [*cells[0]["intervals"], *cells[0]["scores"]]
+    values = {name: [cell[name] for cell in cells] for name in names}
+    spread = {
+        name: {"min": min(found), "mean": statistics.fmean(found), "std": statistics.stdev(found), "values": found}
+        for name, found in values.items()
+        if len(cells) > 1
+    }
+    return first | ({"over_seeds": spread} if spread else {})
 
 
 def summary(metrics: dict[str, Any]) -> str:
@@ -60,23 +86,32 @@ def summary(metrics: dict[str, Any]) -> str:
     numbers = {name: v for name, v in metrics.items() if isinstance(v, float) and name not in ("nfe", "network_calls")}
     shown = ", ".join(f"{name} {value:.4g}{halves.get(name, '')}" for name, value in numbers.items())
     nfe, calls = metrics["nfe"], metrics["network_calls"]
-    return f"N {metrics['num_images']}, nfe {nfe:g}{f', network calls {calls:g}' if calls != nfe else ''}: {shown}"
+    lines = [f"N {metrics['num_images']}, nfe {nfe:g}{f', network calls {calls:g}' if calls != nfe else ''}: {shown}"]
+    for name, found in metrics.get("over_seeds", {}).items():
+        few = f"minimum {found['min']:.4g}, mean {found['mean']:.4g}, standard deviation {found['std']:.2g}"
+        lines.append(f"  {name} over {len(found['values'])} sets of samples: {few}")
+    return "\n".join(lines)
 
 
 def check(cfg: DictConfig) -> None:
     """Raise a `UserError` for settings under which no cell could be measured, before any of the work."""
     parts.check(cfg)
     options, grid_steps = cfg.evaluation, ("straightness.num_images", "straightness.nfe")
-    lows = {"num_images": 2, "num_resamples": 2, "seed": 0, "batch_size": 1, **dict.fromkeys(grid_steps, 1)}
+    lows = {"num_images": 2, "num_seeds": 1, "num_resamples": 2, "seed": 0, "batch_size": 1, **dict.fromkeys(grid_steps, 1)}
     for key, low in lows.items():
         value = OmegaConf.select(options, key)
         require(isinstance(value, int) and value >= low, f"evaluation.{key}", value, f"must be a whole number of at least {low}")
     for name in ("reference", "floor"):
         has, num = len(parts.data_source(cfg).split(name)), options.num_images
         allowed = f"the split {name} has only {has} samples, and distances of different numbers do not compare"
-        require(num <= has or (name == "floor" and has == 0), "evaluation.num_images", num, allowed)
+        free = has == 0 if name == "floor" else options.reference is not None
+        require(num <= has or free, "evaluation.num_images", num, allowed)
+    seeds = range(options.seed, options.seed + options.num_seeds)
+    seen = "must differ from pairs.seed: students have seen that noise"
+    require(cfg.pairs.seed not in seeds, "evaluation.seed", cfg.pairs.seed, seen)
     times(cfg)
-    feature_network(cfg)
+    scores.check(parts.plain(options.metrics), feature_network(cfg), options.reference)
+    about_reference(cfg)
     if cfg.teacher.path is not None:
         teacher_samples_plan(cfg)
     if auto.is_asked(cfg):
@@ -89,7 +124,7 @@ def check_search(cfg: DictConfig) -> None:
     auto.check(search.num_trials)
     parts.require_whole("evaluation.search.seed", search.seed, 0)
     parts.require_whole("evaluation.search.num_images", search.num_images, 2)
-    used = (cfg.evaluation.seed, cfg.pairs.seed)
+    used = (*range(cfg.evaluation.seed, cfg.evaluation.seed + cfg.evaluation.num_seeds), cfg.pairs.seed)
     others = "must differ from evaluation.seed and pairs.seed: a sampler is reported on noise that it was not chosen on"
     require(search.seed not in used, "evaluation.search.seed", search.seed, others)
     has = min(filter(None, (len(parts.data_source(cfg).split(name)) for name in ("reference", "floor"))))
@@ -117,7 +152,7 @@ def tuning_distance(cfg: DictConfig, run: Teacher) -> Callable[[auto.Nodes], flo
     """How far a sampler's samples are from the teacher's of that noise, without a teacher from the data; inf where not finite."""
     velocity, batches = parts.velocity(cfg, run), chunks(np.arange(cfg.evaluation.num_images), cfg.evaluation.batch_size)
     noise = [held_out_noise(cfg, run, chunk) for chunk in batches]
-    target = reference(cfg)[0] if cfg.teacher.path is None else teacher_samples(cfg).reference
+    target = reference(cfg).reference if cfg.teacher.path is None else teacher_samples(cfg).reference
     known: dict[str, float] = {}
 
     def distance(sampler: auto.Nodes) -> float:
@@ -163,8 +198,9 @@ def protocol(cfg: DictConfig, run: Teacher) -> dict[str, Any]:
         "guidance": parts.guidance(cfg, run).recipe,
         "precision": cfg.precision,
         "num_images": cfg.evaluation.num_images,
-        "evaluation": {key: value for key, value in parts.plain(cfg.evaluation).items() if key != "search"},
-        "features": None if not is_images(cfg) else {"network": "EfficientNet-Lite0", "weight_hash": Lite0Features.weight_hash},
+        "evaluation": {key: value for key, value in parts.plain(cfg.evaluation).items() if key not in NOT_MEASURING},
+        "features": identity(feature_network(cfg)),
+        "reference": about_reference(cfg),
         "data": {name: held.split(name).content_hash for name in ("reference", "floor")},
         "teacher": None if cfg.teacher.path is None else teacher_samples_plan(cfg).key,
     }
@@ -185,7 +221,6 @@ def effective_solver(cfg: DictConfig) -> dict[str, Any]:
 def teacher_samples_plan(cfg: DictConfig) -> Artifact:
     """The store of the teacher's many-step samples of the held-out noise: backward pairs of another seed."""
     seed = cfg.evaluation.seed
-    require(seed != cfg.pairs.seed, "evaluation.seed", seed, "must differ from pairs.seed: students have seen that noise")
     return pairs.plan(cfg, "backward", cfg.evaluation.num_images, seed)
 
 
@@ -194,20 +229,20 @@ def is_images(cfg: DictConfig) -> bool:
     return "resolution" in cfg.data
 
 
+def feature_network(cfg: DictConfig) -> FeatureNetwork:
+    """What turns samples into features: a network for images; points are their own."""
+    made: FeatureNetwork = instantiate(cfg.evaluation.features) if is_images(cfg) else PointFeatures(cfg.data.dim)
+    return made
+
+
 def distance_name(cfg: DictConfig) -> str:
-    """The Fréchet distance is called after its features, never FID."""
-    return "fd_lite0" if is_images(cfg) else "fd_points"
-
-
-def feature_network(cfg: DictConfig) -> Callable[[Tensor], Tensor]:
-    """Lite0 features of images, (n, 1280), computed on the configured device; points (n, dim) are their own."""
-    lite0 = Lite0Features(**cfg.evaluation.features)
-    return (lambda images: lite0(images.to(parts.device(cfg)))) if is_images(cfg) else (lambda points: points)
+    """What the Fréchet distance is called: by its features; FID if they are Inception's published ones."""
+    return metric_name("fd", feature_network(cfg).name)
 
 
 def features(cfg: DictConfig, samples: Tensor) -> Tensor:
-    """What distances are taken of, float32 (n, d) on the CPU."""
-    return feature_network(cfg)(samples)
+    """What distances are taken of, float32 (n, d) on the CPU, computed on the configured device."""
+    return feature_network(cfg)(samples.to(parts.device(cfg)) if is_images(cfg) else samples)
 
 
 _SHARED: dict[str, Any] = {}
@@ -221,16 +256,55 @@ def once(make: Callable[[], Any], *key: object) -> Any:
     return _SHARED[name]
 
 
-def reference(cfg: DictConfig) -> tuple[Reference, float | None]:
-    """Real samples to measure against, and the floor: the distance of as many other real samples to them, where there are any."""
-    num, splits = cfg.evaluation.num_images, [parts.data_source(cfg).split(name) for name in ("reference", "floor")]
+class Real(NamedTuple):
+    """What samples are measured against; features of real samples, (n, d), where the metrics that need them can be had.
 
-    def make() -> tuple[Reference, float | None]:
-        real, *other = (features(cfg, split.take(torch.arange(num))[0]) for split in splits if len(split))
-        reference = Reference.of(real)
-        return reference, reference.distance(other[0]) if other else None
+    `floor` is the distance of as many other real samples, where there are any.
+    """
 
-    return once(make, "reference", *(split.content_hash for split in splits), num, cfg.evaluation.features)
+    reference: Reference
+    features: Tensor | None
+    floor: float | None
+
+
+def about_reference(cfg: DictConfig) -> dict[str, Any]:
+    """What samples are measured against, by its content: real images, so many of the split, or a file of statistics."""
+    wanted, split = cfg.evaluation.reference, parts.data_source(cfg).split("reference")
+    if wanted is None:
+        return {"images": split.content_hash, "num_images": cfg.evaluation.num_images}
+    if wanted == "all":
+        return {"images": split.content_hash, "num_images": len(split)}
+    require(
+        Path(wanted).is_file(),
+        "evaluation.reference",
+        wanted,
+        "no such file; null, all, or statistics of EDM (.npz) or EDM2 (.pkl)",
+    )
+    return {"statistics": file_hash(Path(wanted)), "num_images": None}
+
+
+def reference(cfg: DictConfig) -> Real:
+    """The real samples to measure against, and the floor."""
+    split = parts.data_source(cfg).split("floor")
+    key = (about_reference(cfg), split.content_hash, cfg.evaluation.num_images, identity(feature_network(cfg)))
+    return once(lambda: real(cfg), "reference", *key)
+
+
+def real(cfg: DictConfig) -> Real:
+    """See `reference`; statistics of a whole split are kept beside the other artifacts."""
+    num, wanted = cfg.evaluation.num_images, cfg.evaluation.reference
+    source, network = parts.data_source(cfg), feature_network(cfg)
+    if wanted is None:
+        found = features(cfg, source.split("reference").take(torch.arange(num))[0])
+        reference = Reference.of(found)
+    else:
+        images = source.split("reference")
+        kept = real_statistics.cached(cfg.outputs, images, network, num) if wanted == "all" else None
+        about = kept.statistics if kept else real_statistics.read(Path(wanted))
+        found, reference = kept.features if kept else None, Reference.given(*about)
+    other = source.split("floor")
+    floor = reference.distance(features(cfg, other.take(torch.arange(num))[0])) if len(other) else None
+    return Real(reference, found, floor)
 
 
 class TeacherSamples(NamedTuple):
@@ -250,13 +324,13 @@ def teacher_samples(cfg: DictConfig) -> TeacherSamples:
         found = features(cfg, x0)
         return TeacherSamples(x0, found, Reference.of(found))
 
-    return once(make, "teacher", teacher_samples_plan(cfg).key, cfg.evaluation.features)
+    return once(make, "teacher", teacher_samples_plan(cfg).key, identity(feature_network(cfg)))
 
 
 def teacher_distance(cfg: DictConfig) -> Linearised:
     """The distance of the teacher's many-step samples to the data: what a perfect student has."""
-    key = (teacher_samples_plan(cfg).key, parts.data_source(cfg).split("reference").content_hash, cfg.evaluation.features)
-    return once(lambda: reference(cfg)[0].linearise(teacher_samples(cfg).features), "teacher to data", *key)
+    key = (teacher_samples_plan(cfg).key, about_reference(cfg), identity(feature_network(cfg)))
+    return once(lambda: reference(cfg).reference.linearise(teacher_samples(cfg).features), "teacher to data", *key)
 
 
 class Samples(NamedTuple):
@@ -324,24 +398,28 @@ def measure(cfg: DictConfig, run: Teacher) -> tuple[dict[str, Any], Tensor, dict
     drawn, name = draw(cfg, run), distance_name(cfg)
     require(bool(drawn.x0.isfinite().all()), "run", run.path, "made NaN or infinite samples")
     found, resamples = features(cfg, drawn.x0), Resamples(cfg)
-    real, floor = reference(cfg)
-    resamples.distance(name, real.linearise(found))
+    real = reference(cfg)
+    resamples.distance(name, real.reference.linearise(found))
     if cfg.teacher.path is not None:
         against_teacher(cfg, drawn.x0, found, resamples)
-    metrics = {
+    also = scores.measure(parts.plain(cfg.evaluation.metrics), feature_network(cfg), drawn.x0, found, real.features)
+    about = {
         "num_images": cfg.evaluation.num_images,
         "nfe": drawn.nfe,
         "network_calls": drawn.network_calls,
-        "floor": floor,
+        "floor": real.floor,
         "straightness": flow_straightness(cfg, run),
         "ms_per_image": drawn.ms_per_image,
         "peak_memory_mb": drawn.peak_memory_mb,
         "device": parts.device_name(cfg),
         **resamples.values,
+        **also,
+        "distance": name,
+        "scores": list(also),
         "intervals": resamples.intervals(),
         "protocol": protocol(cfg, run),
     }
-    return metrics, shown(cfg, drawn.x0), {name: vector.tolist() for name, vector in resamples.vectors.items()}
+    return about, shown(cfg, drawn.x0), {name: vector.tolist() for name, vector in resamples.vectors.items()}
 
 
 def shown(cfg: DictConfig, x0: Tensor) -> Tensor:
@@ -391,4 +469,4 @@ def against_teacher(cfg: DictConfig, x0: Tensor, found: Tensor, resamples: Resam
     if is_images(cfg):
         for band, values in zip(BANDS, paired_mse_by_band(x0, teacher.x0).unbind(1), strict=True):
             resamples.mean(f"paired_mse_{band}", values)
-        resamples.mean("paired_lite0", feature_distance(found, teacher.features))
+        resamples.mean(f"paired_{feature_network(cfg).name}", feature_distance(found, teacher.features))

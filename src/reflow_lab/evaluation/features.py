@@ -9,13 +9,14 @@ import functools
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.sets import to_uint8
-from ..errors import UserError, require
+from ..errors import UserError, bad_value, require
 
 NUM_FEATURES = 1280
 WEIGHT_HASH = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -31,11 +32,39 @@ STAGES = (
 )
 
 
+class FeatureNetwork(Protocol):
+    """What a distance is taken with: images, uint8 or float in [-1, 1], (n, 1 or 3, h, w), to features, float32 (n, d), CPU."""
+
+    num_features: int
+
+    @property
+    def name(self) -> str:
+        """By which a distance is called: `fd_NAME`; only Inception with its published weights makes a FID."""
+
+    @property
+    def weight_hash(self) -> str:
+        """SHA-256 of the weights."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the features depend on beside the weights, as JSON."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features of images."""
+
+
+def identity(network: FeatureNetwork) -> dict[str, Any]:
+    """What names features: distances of features with other identities do not compare."""
+    return {"network": network.name, "weight_hash": network.weight_hash, **network.settings}
+
+
 def as_saved(images: Tensor) -> Tensor:
     """Images in [-1, 1] as bytes; uint8 passes through. Raises a `UserError` for NaN, which has no byte."""
     if images.dtype == torch.uint8:
         return images
-    require(bool(images.isfinite().all()), "images", "nan or inf", "every pixel must be finite")
+    if not images.isfinite().all():
+        bad = int((~images.flatten(1).isfinite()).any(1).sum())
+        raise bad_value("images", f"nan or inf in {bad} of {len(images)}", "every pixel must be finite")
     return to_uint8(images)
 
 
@@ -162,7 +191,7 @@ def _network(device: torch.device) -> Lite0:
 
 
 @contextlib.contextmanager
-def _fp32_or_bf16(device: torch.device, precision: str) -> Iterator[None]:
+def fp32_or_bf16(device: torch.device, precision: str) -> Iterator[None]:
     """fp32 means IEEE float32, not TF32, also on a GPU."""
     cudnn = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     with cudnn, torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -179,7 +208,9 @@ class Lite0Features:
     gives 1,500, but moves features by 6 % and a distance between two close sets by 1 %: keep fp32 for what is reported.
     """
 
+    name = "lite0"
     weight_hash = WEIGHT_HASH
+    num_features = NUM_FEATURES
 
     def __init__(self, resolution: int = 96, precision: str = "fp32", batch_size: int = 32):
         for key, value, low in (("resolution", resolution, 32), ("batch_size", batch_size, 1)):
@@ -187,6 +218,11 @@ class Lite0Features:
             require(fits, f"evaluation.features.{key}", value, f"a whole number of at least {low}")
         require(precision in ("fp32", "bf16"), "evaluation.features.precision", precision, "fp32 or bf16")
         self.resolution, self.precision, self.batch_size = resolution, precision, batch_size
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the features depend on beside the weights."""
+        return {"resolution": self.resolution, "precision": self.precision}
 
     def __call__(self, images: Tensor) -> Tensor:
         """Features, float32 (n, 1280) on the CPU, computed where the images lie."""
@@ -196,7 +232,7 @@ class Lite0Features:
     @torch.inference_mode()
     def _batch(self, images: Tensor) -> Tensor:
         network = _network(images.device)
-        with _fp32_or_bf16(images.device, self.precision):
+        with fp32_or_bf16(images.device, self.precision):
             return network(self.preprocess(images)).float().cpu().clone()
 
     def preprocess(self, images: Tensor) -> Tensor:
@@ -205,3 +241,21 @@ class Lite0Features:
         size = (self.resolution, self.resolution)
         resized = F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=False)
         return (resized - 127) / 128
+
+
+class PointFeatures:
+    """Points (n, d) are their own features."""
+
+    name, weight_hash = "points", ""
+
+    def __init__(self, dim: int) -> None:
+        self.num_features = dim
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Nothing to set."""
+        return {}
+
+    def __call__(self, points: Tensor) -> Tensor:
+        """The points."""
+        return points

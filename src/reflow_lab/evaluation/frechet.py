@@ -63,9 +63,14 @@ class Reference:
     def of(cls, features: Tensor | Moments) -> Self:
         """The reference of features (n, d) or of their moments."""
         moments = features if isinstance(features, Moments) else Moments.of(features)
-        values, vectors = _positive_eigh(cov := moments.cov)
+        return cls.given(moments.mean, moments.cov)
+
+    @classmethod
+    def given(cls, mean: Tensor, cov: Tensor) -> Self:
+        """The reference of a mean (d,) and an unbiased covariance (d, d), float64."""
+        values, vectors = _positive_eigh(cov)
         root, inverse_root = ((vectors * values**power) @ vectors.mT for power in (0.5, -0.5))
-        return cls(moments.mean, cov, root, inverse_root)
+        return cls(mean, cov, root, inverse_root)
 
     def distance(self, features: Tensor | Moments) -> float:
         """|m_a - m_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2), A and B the unbiased covariances (Dowson and Landau 1982).

@@ -79,9 +79,8 @@ def row_word(key: str, value: str) -> str:
 
 def distances(jobs: Sequence[Job]) -> list[str]:
     """The names of the distances that the cells have, the primary one first."""
-    names = [name for name in jobs[0].metrics["intervals"] if name.startswith("fd_")]
-    base = next(name for name in names if not name.endswith(("_teacher", "_added")))
-    return [base + suffix for suffix in SUFFIXES if base + suffix in names]
+    first = jobs[0].metrics
+    return [first["distance"] + suffix for suffix in SUFFIXES if first["distance"] + suffix in first["intervals"]]
 
 
 def value(job: Job, name: str) -> Interval:

@@ -24,8 +24,9 @@ from ..artifacts import Artifact, artifact, write_atomically
 from ..data.sets import SampleSet
 from ..data.sources import DataSource
 from ..errors import UserError, require
-from ..evaluation.features import Lite0Features
+from ..evaluation.features import FeatureNetwork
 from ..evaluation.frechet import Reference
+from ..evaluation.metrics import distance_name
 from ..noise import Indices, batch_indices, chunks, normal
 from . import generation
 from .projection import Distance, HeldOut, Method, Projection, Round, Side, fit, sliced_w2_squared, w2_squared_exact
@@ -86,7 +87,7 @@ class Marginal:
     half: str
     data: DataSource
     seed: int
-    features: Lite0Features
+    features: FeatureNetwork
 
     @property
     def num_judged(self) -> int:
@@ -99,7 +100,7 @@ class Marginal:
         """The name of the distance."""
         if len(self.source.manifest["shape"]) == 1:
             return "w2_squared"
-        return "fd_lite0" if self.half == "x0" else "sliced_w2_squared"
+        return distance_name("fd", self.features.name) if self.half == "x0" else "sliced_w2_squared"
 
     def split(self, name: str) -> SampleSet:
         """A split of the data."""
@@ -159,7 +160,7 @@ class Marginal:
 
 def marginal_of(cfg: DictConfig, source: PairStore, half: str) -> Marginal:
     """The marginal of a store under a configuration."""
-    return Marginal(source, half, parts.data_source(cfg), cfg.pairs.seed, Lite0Features(**cfg.evaluation.features))
+    return Marginal(source, half, parts.data_source(cfg), cfg.pairs.seed, instantiate(cfg.evaluation.features))
 
 
 def on(device: torch.device, x: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor | None]:

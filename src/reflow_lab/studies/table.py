@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .study import Row, Study
 
 Cell = dict[str, Any]
+DIGITS = {"fd_lite0": 1, "fid": 2}  #: after the point, by the metric's name
 
 
 COLUMNS = (
@@ -50,7 +51,7 @@ def write(out: Path, study: Study, cells: Sequence[Cell]) -> str:
 def markdown(study: Study, cells: Sequence[Cell]) -> str:
     """The whole page: distances, effects, the other columns. Without a teacher the distance to the data stands first."""
     metrics, floor = cells[0]["intervals"], against_itself(cells[0]["floor"])
-    data = next(name for name in metrics if name.startswith("fd_") and not name.endswith(("_teacher", "_added")))
+    data = cells[0]["distance"]
     primary = f"{data}_teacher" if f"{data}_teacher" in metrics else data
     titles = {
         f"{data}_teacher": "distance to the teacher's many-step samples of the same noise",
@@ -95,7 +96,7 @@ def header(columns: Sequence[object]) -> list[str]:
 
 def show(value: Interval, metric: str, sign: str = "") -> str:
     """value ± half of the 95 % interval where there is one, in digits that suit the size of the metric."""
-    half, digits = (value.high - value.low) / 2, 1 if metric.startswith("fd_lite0") else 4
+    half, digits = (value.high - value.low) / 2, next((n for name, n in DIGITS.items() if metric.startswith(name)), 4)
     return f"{value.value:{sign}.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
 
 
