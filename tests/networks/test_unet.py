@@ -1,8 +1,11 @@
+import copy
+
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import nn
 
 from reflow_lab.errors import UserError
+from reflow_lab.lrn.dropout import scale_dropout
 from reflow_lab.networks.preconditioning import Preconditioned
 from reflow_lab.networks.unet import UNet
 
@@ -95,9 +98,59 @@ def test_forward_mode_derivative_in_x_and_t():
     t, one = torch.tensor([0.3, 0.8], dtype=torch.float64), torch.ones(2, dtype=torch.float64)
     step = 1e-3  # the time embedding is in float32, so no smaller
 
-    with sdpa_kernel(SDPBackend.MATH):
-        _, slope = torch.func.jvp(lambda x, t: model(x, t), (x, t), (v, one))
-        ahead, behind = model(x + step * v, t + step), model(x - step * v, t - step)
+    _, slope = torch.func.jvp(lambda x, t: model(x, t), (x, t), (v, one))
+    ahead, behind = model(x + step * v, t + step), model(x - step * v, t - step)
     expected = (ahead - behind) / (2 * step)
     assert (slope - expected).norm() < 5e-3 * expected.norm()
     assert slope.norm() > 1
+
+
+def test_backward_derivative_is_the_forward_one():
+    """The transposed derivative in w . (dF v), in float64."""
+    model = Preconditioned(shaken(small(resolution=8))).double().eval()
+    x, v, w = torch.randn(3, 2, 3, 8, 8, dtype=torch.float64)
+    t = torch.tensor([0.3, 0.8], dtype=torch.float64)
+    _, forward = torch.func.jvp(lambda x: model(x, t), (x,), (v,))
+    (backward,) = torch.autograd.grad(model(x.requires_grad_(), t), x, w)
+    torch.testing.assert_close((forward * w).sum(), (backward * v).sum(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "backend", ["eager", *(pytest.param(name, marks=pytest.mark.slow) for name in ("aot_eager", "inductor"))]
+)
+def test_it_compiles(backend):
+    """Training, with its backward pass, and a Jacobian-vector product: the same numbers, and one graph each."""
+    torch._dynamo.reset()
+    model = Preconditioned(shaken(small(num_classes=3, resolution=8, multipliers=(1,))))
+    x, t, label, twin = torch.randn(4, 3, 8, 8), torch.rand(4), torch.tensor([0, 2, 1, 2]), copy.deepcopy(model)
+    expected, found = model(x, t, label=label), torch.compile(twin, backend=backend, fullgraph=True)(x, t, label=label)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    expected.square().sum().backward(), found.square().sum().backward()
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-3 * float(a.grad.norm()))
+
+    def product(x, t):
+        return torch.func.jvp(lambda x, t: model(x, t, label=label), (x, t), (x, t))[1]
+
+    model.eval()
+    with torch.no_grad():
+        found = torch.compile(product, backend=backend, fullgraph=True)(x, t)
+        torch.testing.assert_close(found, product(x, t), rtol=1e-3, atol=1e-3)
+
+
+def test_the_state_goes_to_a_network_of_other_initial_weights():
+    network, other = shaken(small(num_classes=3)).eval(), shaken(small(num_classes=3)).eval()
+    inputs = torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([0, 2])
+    assert not torch.allclose(network(*inputs), other(*inputs))
+    other.load_state_dict(network.state_dict())
+    assert torch.equal(network(*inputs), other(*inputs))
+
+
+def test_dropout_is_changed_without_rebuilding():
+    model, x, t = Preconditioned(shaken(small(dropout=0.4))), torch.randn(2, 3, 16, 16), torch.rand(2)
+    assert not torch.equal(model(x, t), model(x, t))
+    scale_dropout(model, 0.5)
+    assert {m.p for m in model.modules() if isinstance(m, nn.Dropout)} == {0.2}
+    scale_dropout(model, 0.0)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, t), model.eval()(x, t))
