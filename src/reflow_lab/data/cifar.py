@@ -99,12 +99,12 @@ class CIFAR10:
             return decode_batch(raw)
 
 
-def require_original(path: Path) -> None:
+def require_original(path: Path, key: str = "data.path", otherwise: str = "set data.check_md5=false") -> None:
     """Raise a `UserError` unless the file has the MD5 of the archive that its authors publish."""
     with path.open("rb") as file:
         found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-    problem = f"its MD5 is {found}, the original's {MD5}: fetch {URL} anew, or set data.check_md5=false for another archive"
-    require(found == MD5, "data.path", path, problem)
+    problem = f"its MD5 is {found}, the original's {MD5}: fetch {URL} anew, or {otherwise} for another archive"
+    require(found == MD5, key, path, problem)
 
 
 def _member_bytes(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

@@ -1,8 +1,10 @@
 """A folder of one's own images."""
 
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from .sources import partition, reading, require_split
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MODES = {1: "L", 3: "RGB"}
+MAX_PIXELS = 2**26  #: larger images are refused before they are decoded; ImageNet's largest has 61 million
 
 
 @dataclass
@@ -94,10 +97,43 @@ def image_files(root: Path) -> list[Path]:
 
 def read_image(file: Path, resolution: int, channels: int) -> NDArray[np.uint8]:
     """One image as bytes (channels, resolution, resolution); a `UserError` that names a file which cannot be decoded."""
-    with reading(f"data.path={file}", "image"), Image.open(file) as opened:
-        image = _opaque(ImageOps.exif_transpose(opened)).convert(MODES[channels])
-        pixels = np.asarray(_square(image).resize((resolution, resolution), Image.Resampling.LANCZOS))
+    with reading(f"data.path={file}", "image"):
+        return decode_image(file, resolution, channels)
+
+
+def decode_image(source: Path | BinaryIO, resolution: int, channels: int, transform: str = "center-crop") -> NDArray[np.uint8]:
+    """An image file as bytes (channels, resolution, resolution) by one of TRANSFORMS; ValueError beyond MAX_PIXELS."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # its limit is above ours
+        opened = Image.open(source)
+    with opened:
+        if opened.width * opened.height > MAX_PIXELS:
+            raise ValueError(f"{opened.width}x{opened.height}, at most {MAX_PIXELS:,} pixels are read")
+        pixels = np.asarray(TRANSFORMS[transform](opened, MODES[channels], resolution))
     return pixels.reshape(resolution, resolution, channels).transpose(2, 0, 1)
+
+
+def centre_crop(image: Image.Image, mode: str, resolution: int) -> Image.Image:
+    """The upright image's central square, resized by Lanczos."""
+    upright = _opaque(ImageOps.exif_transpose(image)).convert(mode)
+    return _square(upright).resize((resolution, resolution), Image.Resampling.LANCZOS)
+
+
+def centre_crop_dhariwal(image: Image.Image, mode: str, resolution: int) -> Image.Image:
+    """As ADM treats ImageNet (Dhariwal and Nichol 2021): halved by 2x2 means while twice too large, resized bicubic, cropped.
+
+    Orientation marks are not obeyed, as they are not there.
+    """
+    plain = _opaque(image).convert(mode)
+    while min(plain.size) >= 2 * resolution:
+        plain = plain.resize((plain.width // 2, plain.height // 2), Image.Resampling.BOX)
+    scale = resolution / min(plain.size)
+    plain = plain.resize((round(plain.width * scale), round(plain.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (plain.width - resolution) // 2, (plain.height - resolution) // 2
+    return plain.crop((left, top, left + resolution, top + resolution))
+
+
+TRANSFORMS = {"center-crop": centre_crop, "center-crop-dhariwal": centre_crop_dhariwal}  #: by EDM's and EDM2's names
 
 
 def _opaque(image: Image.Image) -> Image.Image:

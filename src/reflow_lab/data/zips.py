@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +45,8 @@ class Members(ABC):
         """A SHA-256 that changes with any file, found without reading them."""
 
     @abstractmethod
-    def _bytes(self, name: str) -> bytes: ...
+    def open(self, name: str) -> IO[bytes]:
+        """A file, to be read at any place."""
 
     def where(self, name: str) -> str:
         """How an error names a file."""
@@ -60,8 +61,8 @@ class Members(ABC):
         """The content of a file of at most `limit` bytes; a `UserError` that names one that cannot be read."""
         size = self.sizes[name]
         self.require(size <= limit, f"has {size:,} bytes, at most {limit:,} are read", name)
-        with reading(self.where(name), "file"):
-            return self._bytes(name)
+        with reading(self.where(name), "file"), self.open(name) as file:
+            return file.read()
 
     def named(self, *suffixes: str) -> list[str]:
         """The sorted names of visible files with one of these endings, in any case."""
@@ -93,8 +94,9 @@ class ZipMembers(Members):
         with reading(f"{self.key}={self.path}", ZIP), self.path.open("rb") as file:
             return hashlib.sha256(central_directory(file)).hexdigest()
 
-    def _bytes(self, name: str) -> bytes:
-        return self._file.read(name)
+    def open(self, name: str) -> IO[bytes]:
+        """See `Members`."""
+        return self._file.open(name)
 
 
 class FolderMembers(Members):
@@ -115,8 +117,9 @@ class FolderMembers(Members):
         known = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in self._files.items()]
         return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
-    def _bytes(self, name: str) -> bytes:
-        return (self.path / name).read_bytes()
+    def open(self, name: str) -> IO[bytes]:
+        """See `Members`."""
+        return (self.path / name).open("rb")
 
 
 def members_of(path: str | Path, key: str, what: str) -> Members:
@@ -126,7 +129,7 @@ def members_of(path: str | Path, key: str, what: str) -> Members:
     return FolderMembers(found, key) if found.is_dir() else ZipMembers(found, key)
 
 
-def central_directory(file: BinaryIO) -> bytes:
+def central_directory(file: IO[bytes]) -> bytes:
     """The raw list of members at a zip's end; ValueError where there is none (APPNOTE.TXT 4.3.12 to 4.3.16)."""
     length = file.seek(0, os.SEEK_END)
     file.seek(max(0, length - 22 - 0xFFFF - 20))
