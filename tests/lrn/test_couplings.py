@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from reflow_lab.data.sets import PointSet
+from reflow_lab.data.augment import Augmentation
+from reflow_lab.data.sets import ImageSet, PointSet
 from reflow_lab.data.toys import TwoMoons
 from reflow_lab.errors import UserError
 from reflow_lab.lrn.couplings import (
@@ -296,3 +297,49 @@ def test_minibatch_ot_of_a_conditional_flow_stays_within_the_classes():
         plain = torch.cat([IndependentPairs(moons, SEED).read(np.arange(128) + 128 * i, 128 * i).x0 for i in range(15)])
         assert torch.equal(torch.cat([b.x0 for b in drawn]), plain)
     assert means[True] < 0.12 < 0.3 < means[False]
+
+
+def pictures(n=40):
+    pixels = torch.randint(0, 256, (n, 3, 6, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return ImageSet(pixels, torch.arange(n), "pictures")
+
+
+BOTH = Augmentation(flips=True, probability=0.5)
+
+
+@pytest.mark.parametrize("kind", [IndependentPairs, MinibatchOTPairs])
+def test_augmentation_is_keyed_by_position_and_leaves_noise_and_labels(kind):
+    """In two batches it does what it does in one."""
+    plain, pairs, rows = kind(pictures(), SEED), kind(pictures(), SEED, BOTH), np.arange(20)
+    given, batch = plain.read(rows, 100), pairs.read(rows, 100)
+    assert given.augment is None and batch.augment.shape == (20, 9)
+    assert torch.equal(given.label, batch.label)
+    assert torch.equal(given.x1.flatten(1).sum(1).sort()[0], batch.x1.flatten(1).sum(1).sort()[0])
+    halves = [pairs.read(rows[:7], 100), pairs.read(rows[7:], 107)]
+    torch.testing.assert_close(torch.cat([half.x0 for half in halves]), batch.x0, rtol=0, atol=1e-5)
+    assert torch.equal(torch.cat([half.augment for half in halves]), batch.augment)
+    assert not torch.equal(pairs.read(rows, 120).augment, batch.augment)
+
+
+def test_minibatch_ot_assigns_the_noise_to_the_images_as_they_are_seen():
+    batch = MinibatchOTPairs(pictures(), SEED, BOTH).read(np.arange(20), 0)
+    assert torch.equal(batch.x1[assignment(batch.x0, batch.x1)], batch.x1)
+
+
+def test_held_out_images_stay_as_they_are():
+    sources = {"independent": IndependentPairs(pictures(), SEED, BOTH)}
+    train, heldout = Mixture(independent=1).open(sources, 10, SEED, 10)
+    batch = heldout.batch(0)
+    assert batch.augment is None and torch.equal(batch.x0, pictures().take(batch.label)[0])
+    assert not torch.equal(train.batch(0).x0, pictures().take(train.batch(0).label)[0])
+
+
+def test_what_is_not_augmented_has_zero_labels_beside_what_is():
+    """A mixture gives them to all or to none."""
+    stored = IndependentPairs(pictures(), SEED)
+    sources = {"independent": IndependentPairs(pictures(), SEED, BOTH), "backward": stored}
+    batch = Mixture(independent=1, backward=1).open(sources, 16, SEED, 8)[0].batch(0)
+    assert batch.augment.shape == (16, 9) and batch.augment[:8].any() and not batch.augment[8:].any()
+    none = Mixture(independent=1, backward=1).open(sources | {"independent": stored}, 16, SEED, 8)[0].batch(0)
+    assert none.augment is None
+    assert torch.equal(batch.to(torch.device("cpu")).augment, batch.augment)

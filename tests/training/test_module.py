@@ -9,6 +9,8 @@ from reflow_lab.dyn.times import Uniform
 from reflow_lab.dyn.weights import LearnedNormalisation, PowerOfTime
 from reflow_lab.flow import interpolate
 from reflow_lab.lrn.couplings import Batch
+from reflow_lab.networks.precision import InPrecision
+from reflow_lab.networks.preconditioning import Preconditioned
 from reflow_lab.noise import uniform
 from reflow_lab.training.module import FlowModule
 
@@ -112,3 +114,23 @@ def test_the_velocitys_gradient_is_clipped_and_its_norm_kept(clip, length):
     flow.configure_gradient_clipping(None)
     assert flow.gradient_norm.item() == pytest.approx(5)
     assert flow.velocity.vector.grad.norm().item() == pytest.approx(length, rel=1e-5)
+
+
+@pytest.mark.parametrize("augment", [None, torch.arange(54.0).reshape(6, 9)])
+def test_augmentation_labels_reach_the_network_through_precision_and_preconditioning(augment):
+    class Network(nn.Module):
+        num_classes = 0
+
+        def forward(self, x, t, label=None, **more):
+            seen.append(more)
+            return x * 0
+
+    class Augmented(Steps):
+        def batch(self, step):
+            return super().batch(step)._replace(augment=augment)
+
+    seen, objective = [], Objective(Uniform(), SquaredError(), PowerOfTime(2))
+    velocity = InPrecision(Preconditioned(Network()), "32-true")
+    FlowModule(velocity, objective, Augmented(), batch_size=6, lr=0.1, seed=3).training_step(None, 0)
+    (more,) = seen
+    assert (more == {}) if augment is None else torch.equal(more["augment"], augment)

@@ -31,7 +31,7 @@ def velocity_losses(module: FlowModule, batch: Batch, num: int) -> Tensor:
     """
     size, losses = len(batch.x0), []
     times = (torch.arange(size) + 0.5) / size
-    for rows in torch.arange(size).split(module.batch_size):  # the batches that a compiled network knows
+    for rows in torch.split(torch.arange(size), module.batch_size):  # the batches that a compiled network knows
         label = None if batch.label is None else batch.label[rows.to(batch.label.device)]
         here = rows.to(batch.x0.device)
         x0, x1, label, _ = Batch(batch.x0[here], batch.x1[here], label).to(module.device)
