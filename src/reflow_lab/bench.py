@@ -64,6 +64,7 @@ class Sizes:
     num_stored: int = 1_000_000
     read_s: float = 10.0
     num_features: int = 20_000
+    num_decoded: int = 50_000
 
 
 QUICK = Sizes(
@@ -79,6 +80,7 @@ QUICK = Sizes(
     num_stored=20_000,
     read_s=0.2,
     num_features=1000,
+    num_decoded=500,
 )
 
 
@@ -149,11 +151,19 @@ def bench_evaluate(device: str, sizes: Sizes) -> dict[str, Any]:
     return measure(device, sizes)
 
 
+def bench_data(device: str, sizes: Sizes) -> dict[str, Any]:
+    """Images delivered to the training step against torch's DataLoader over the same zip."""
+    from .bench_data import measure  # which builds on this module
+
+    return measure(device, sizes)
+
+
 BENCHES: dict[str, Callable[[str, Sizes], dict[str, Any]]] = {
     "train": bench_train,
     "sample": bench_sample,
     "pairs": bench_pairs,
     "evaluate": bench_evaluate,
+    "data": bench_data,
 }
 
 

@@ -34,7 +34,7 @@ def fidelity(weights: Path, made: torch.Tensor, real: torch.Tensor, **how) -> di
 
 
 def test_features_and_logits_are_torch_fidelitys(weights: Path) -> None:
-    """As close as rounding lets a random network be: the published one differs by 3e-7, this one enlarges what comes in."""
+    """As close as rounding lets a random network be, which enlarges what comes in."""
     batch, network = images(5, "test"), theirs(weights, "2048", "logits_unbiased")
     with torch.inference_mode():
         features, logits = network(batch)

@@ -283,15 +283,16 @@ class Batch:
         """Bytes (n, 3, resolution, resolution)."""
         data, width = self._array("data"), 3 * self.resolution**2
         fits = data.dtype == np.uint8 and data.ndim == 2 and data.shape[1] == width
-        says = f"its data are {data.dtype} of shape {data.shape}, must be bytes of shape (n, {width}) for --resolution={self.resolution}"
+        wanted = f"must be bytes of shape (n, {width}) for --resolution={self.resolution}"
+        says = f"its data are {data.dtype} of shape {data.shape}, {wanted}"
         self.members.require(fits and len(data) == len(self._array("labels")), says, self.name)
         return data.reshape(-1, 3, self.resolution, self.resolution)
 
     def _array(self, key: str) -> NDArray[Any]:
         self.members.require(self.name.endswith(".npz"), "a pickled batch: fetch the archives with npz in their names", self.name)
-        with reading(self.members.where(self.name), "batch of arrays"), self.members.open(self.name) as file:
-            with contextlib.closing(np.load(file, allow_pickle=False)) as arrays:
-                return arrays[key]
+        named = reading(self.members.where(self.name), "batch of arrays")
+        with named, self.members.open(self.name) as file, contextlib.closing(np.load(file, allow_pickle=False)) as arrays:
+            return arrays[key]
 
 
 READERS: dict[str, Callable[[Any, Official], Pictures]] = {"cifar10": from_cifar, "imagenet64": from_imagenet}

@@ -2,7 +2,7 @@
 
 The network is torch-fidelity's `FeatureExtractorInceptionV3`, whose features are those of the original FID code (Heusel et al.,
 arXiv:1706.08500) within float error. Here its batch norms are folded into the convolutions and its tensors lie channels last,
-which is quicker and moves the features by what rounding does, 3e-7 of their norm with the published weights.
+which is quicker and moves the features no more than rounding does (tests/evaluation/test_inception.py).
 """
 
 import functools
