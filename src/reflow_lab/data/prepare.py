@@ -41,7 +41,7 @@ class Pictures(NamedTuple):
     """What goes into a zip: so many PNGs, and a class for each, or None."""
 
     pngs: Iterable[bytes]
-    count: int
+    number: int
     labels: list[int] | None
 
 
@@ -98,9 +98,9 @@ def settle(args: Any, official: Official) -> None:
 
 def write(pictures: Pictures, args: Any) -> None:
     """The zip, beside its target until it is whole."""
-    require_room(args.out.parent, pictures.count * png_size(args.channels, args.resolution), "--out", "for the zip")
+    require_room(args.out.parent, pictures.number * png_size(args.channels, args.resolution), "--out", "for the zip")
     remove_leftovers(args.out.parent, f".{args.out.name}.*.tmp")
-    with Bar(f"write {args.out.name}", pictures.count, "images") as bar:
+    with Bar(f"write {args.out.name}", pictures.number, "images") as bar:
         write_atomically(args.out, lambda path: write_archive(path, counted(pictures.pngs, bar), pictures.labels))
 
 
@@ -114,9 +114,9 @@ def counted(pngs: Iterable[bytes], bar: Bar) -> Iterator[bytes]:
 def summary(pictures: Pictures, args: Any, official: Official) -> str:
     """What was made, what it is called by its content, and how to train on it."""
     classes = 0 if pictures.labels is None else 1 + max(pictures.labels)
-    size, expected = f"{args.resolution}x{args.resolution}", official.counts.get(args.split, pictures.count)
-    lines = [f"{args.out}: {pictures.count:,} images of {size}, {classes or 'no'} classes", f"SHA-256 {file_hash(args.out)}"]
-    if pictures.count != expected:
+    size, expected = f"{args.resolution}x{args.resolution}", official.counts.get(args.split, pictures.number)
+    lines = [f"{args.out}: {pictures.number:,} images of {size}, {classes or 'no'} classes", f"SHA-256 {file_hash(args.out)}"]
+    if pictures.number != expected:
         lines.append(f"the official set has {expected:,} images")
     keys = {
         "data.path": args.out,

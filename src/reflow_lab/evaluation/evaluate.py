@@ -294,14 +294,15 @@ def real(cfg: DictConfig) -> Real:
     """See `reference`; statistics of a whole split are kept beside the other artifacts."""
     num, wanted = cfg.evaluation.num_images, cfg.evaluation.reference
     source, network = parts.data_source(cfg), feature_network(cfg)
+    images, found = source.split("reference"), None
     if wanted is None:
-        found = features(cfg, source.split("reference").take(torch.arange(num))[0])
+        found = features(cfg, images.take(torch.arange(num))[0])
         reference = Reference.of(found)
+    elif wanted == "all":
+        kept = real_statistics.cached(cfg.outputs, images, network, num)
+        found, reference = kept.features, Reference.given(*kept.statistics)
     else:
-        images = source.split("reference")
-        kept = real_statistics.cached(cfg.outputs, images, network, num) if wanted == "all" else None
-        about = kept.statistics if kept else real_statistics.read(Path(wanted))
-        found, reference = kept.features if kept else None, Reference.given(*about)
+        reference = Reference.given(*real_statistics.read(Path(wanted)))
     other = source.split("floor")
     floor = reference.distance(features(cfg, other.take(torch.arange(num))[0])) if len(other) else None
     return Real(reference, found, floor)

@@ -49,7 +49,7 @@ class FeatureNetwork(Protocol):
     def settings(self) -> dict[str, Any]:
         """What the features depend on beside the weights, as JSON."""
 
-    def __call__(self, images: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, /) -> Tensor:
         """Features of images."""
 
 

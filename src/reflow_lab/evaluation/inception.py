@@ -54,8 +54,9 @@ def folded(network: nn.Module) -> nn.Module:
     """The network with every batch norm, as it is in evaluation, folded in float64 into the convolution before it."""
     network.double()
     for block in network.modules():
-        if isinstance(getattr(block, "bn", None), nn.BatchNorm2d):
-            block.conv, block.bn = nn.utils.fuse_conv_bn_eval(block.conv, block.bn), nn.Identity()
+        conv, norm = (getattr(block, name, None) for name in ("conv", "bn"))
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            block.conv, block.bn = nn.utils.fuse_conv_bn_eval(conv, norm), nn.Identity()
     return network.float()
 
 

@@ -34,7 +34,8 @@ def check(names: Any, network: FeatureNetwork, reference: str | None) -> None:
 
 def measure(names: list[str], network: FeatureNetwork, x0: Tensor, made: Tensor, real: Tensor | None) -> dict[str, float]:
     """The values of these metrics, of samples x0 (n, ...) with features `made` (n, d), against features `real` (m, d)."""
-    indices, found = torch.arange(len(made)), {}
+    indices = torch.arange(len(made))
+    found: dict[str, float] = {}
     for name in names:
         metric: Metric
         if name == "inception_score":

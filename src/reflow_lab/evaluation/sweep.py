@@ -1,5 +1,6 @@
 """What a sweep of `evaluate` found, as a table and a plot: quality against the number of steps, or whatever number was varied."""
 
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,8 +40,8 @@ def finish(jobs: Sequence[tuple[Sequence[str], dict[str, Any]]]) -> None:
     made, text = layout(found), markdown(found)
     write_json(out / "table.json", [{"words": job.words, **job.metrics} for job in found])
     write_atomically(out / "table.md", lambda p: p.write_text(text))
-    for suffix in ("png", "svg"):
-        write_atomically(out / f"quality.{suffix}", lambda p, kind=suffix: plot(found, made, p, kind))
+    for kind in ("png", "svg"):
+        write_atomically(out / f"quality.{kind}", functools.partial(plot, found, made, kind))
     print(text)
     print(f"written: {out}/table.md, table.json, quality.png, quality.svg")
 
@@ -104,7 +105,7 @@ def markdown(jobs: Sequence[Job]) -> str:
     return "\n".join([*lines, ""])
 
 
-def plot(jobs: Sequence[Job], made: Layout, path: Path, kind: str) -> None:
+def plot(jobs: Sequence[Job], made: Layout, kind: str, path: Path) -> None:
     """The primary distance along the columns, one line a row, with intervals; logarithmic where values span a decade."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -44,7 +44,7 @@ class FewStep(L.Callback):
         assert isinstance(pl_module, FlowModule)
         if not pl_module.crossed(self.every_kimg) and trainer.global_step < trainer.max_steps:
             return
-        x0, x1, label, _ = self.heldout.batch(0).to(pl_module.device)
+        x0, x1, label, _augment = self.heldout.batch(0).to(pl_module.device)
         pl_module.velocity.eval()
         made, straightness = sample_straightness(pl_module.velocity, x1, label=label, **self.sampling)
         pl_module.velocity.train()

@@ -204,7 +204,8 @@ def weighted(known: Sequence[Snapshot], rows: Array) -> tuple[dict[str, Any], li
 
     One snapshot is in memory at a time. What is no parameter (fixed frequencies) is the same in all: taken as it is.
     """
-    net, sums = None, [dict[str, Tensor]() for _ in rows]
+    net: dict[str, Any] = {}
+    sums = [dict[str, Tensor]() for _ in rows]
     with Bar("reading snapshots", len(known), "snapshots") as bar:
         for snapshot, column in zip(known, rows.T, strict=True):
             about, state = content(snapshot)
