@@ -26,10 +26,12 @@ lint: ## style and formatting
 type: ## static types
 	$(PYTHON) -m mypy
 
-bench: ## our training step, sampler and pairs against bare loops
+bench: ## our training step, sampler, pairs, data and distances against bare loops and other packages
 	$(LAB) bench train
 	$(LAB) bench sample
 	$(LAB) bench pairs
+	$(LAB) bench data
+	$(LAB) bench evaluate
 
 clean: ## remove caches and built packages; outputs/ stays
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache

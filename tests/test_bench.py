@@ -58,6 +58,31 @@ def test_pairs_reports_drawing_reading_and_memory(capsys):
     assert found["targets"]["throughput"] == 0.98
 
 
+def test_data_reports_every_way_to_a_batch(capsys):
+    found = output(capsys, "data", "--quick", "--device", "cpu", "--repeats", "1")
+    rates = found["images_per_s"]
+    assert found["num_images"] == 500 and {"resident", "mapped", "loader_png", "loader_png_2_workers"} < set(rates)
+    for mine in ("resident", "mapped"):
+        for theirs, figures in found["ours_over_loader"][mine].items():
+            check(figures)
+            assert figures["ratio"] == pytest.approx(rates[mine] / rates[theirs])
+
+
+def test_data_comes_the_same_by_every_way(tmp_path):
+    """In some order: what the contenders deliver are the images of the zip."""
+    from reflow_lab import bench_data
+
+    pixels = bench_data.pixels(8)
+    bench_data.write_archive(tmp_path / "x.zip", map(bench_data.encode_png, pixels), None)
+    cpu, zipped = torch.device("cpu"), bench_data.Zipped(tmp_path / "x.zip", 8)
+    expected = {image.numpy().tobytes() for image in bench_data.to_float(torch.from_numpy(pixels))}
+    for workers in (0, 1):
+        batch = bench_data.loader(zipped, 8, cpu, workers)()
+        assert batch.dtype == torch.float32 and {image.numpy().tobytes() for image in batch} == expected
+    held = bench_data.Archive(str(tmp_path / "x.zip")).split("train")
+    assert {image.numpy().tobytes() for image in bench_data.ours(held, 8, cpu)()[0]} <= expected
+
+
 def test_a_large_store_wants_room(monkeypatch, capsys):
     from reflow_lab import bench_pairs
 

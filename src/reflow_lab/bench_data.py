@@ -30,7 +30,10 @@ WORKERS = 2
 
 
 class Zipped(Dataset):
-    """PNGs of a zip as a DataLoader usually reads them: opened in each process, decoded when asked for."""
+    """PNGs of a zip as a DataLoader usually reads them: opened in each process, decoded when asked for.
+
+    One of these a loader: processes forked from one that has opened the file would share its position.
+    """
 
     def __init__(self, path: Path, count: int) -> None:
         self.path, self.count = path, count
@@ -54,13 +57,14 @@ def measure(device: str, sizes: Sizes) -> dict[str, Any]:
         write_archive(path, map(encode_png, pixels(count)), None)
         held = Archive(str(path)).split("train")
         mapped = Archive(str(path), cache=str(Path(name) / "cache")).split("train")
-        zipped, decoded = Zipped(path, count), TensorDataset(held.images)
+        decoded = TensorDataset(held.images)
         ways = {
             "resident": ours(resident(held, where), batch, where),
             "mapped": ours(mapped, batch, where),
-            "loader_png": loader(zipped, batch, where, 0),
-            f"loader_png_{WORKERS}_workers": loader(zipped, batch, where, WORKERS),
+            "loader_png": loader(Zipped(path, count), batch, where, 0),
+            f"loader_png_{WORKERS}_workers": loader(Zipped(path, count), batch, where, WORKERS),
             "loader_decoded": loader(decoded, batch, where, 0),
+            f"loader_decoded_{WORKERS}_workers": loader(decoded, batch, where, WORKERS),
         }
         times = race({key: turn(step) for key, step in ways.items()}, sizes.repeats)
     rates = {key: BATCHES * batch / float(np.median(values[1:])) for key, values in times.items()}

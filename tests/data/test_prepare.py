@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import zipfile
 from pathlib import Path
 
@@ -84,16 +85,24 @@ def test_a_folder_becomes_what_edm_reads(work, run):
         assert np.array_equal(image, np.asarray(expected).transpose(2, 0, 1))
 
 
-def test_the_same_bytes_again_by_two_processes_and_from_a_zip(work, run, monkeypatch):
+def test_the_same_bytes_again_and_from_a_zip(work, run):
     source = saved(work / "mine", {f"{i % 3}/{i}.png": i for i in range(9)})
     with zipfile.ZipFile("mine.zip", "w") as file:
         for path in sorted(source.rglob("*.png"), reverse=True):
             file.write(path, f"mine/{path.relative_to(source)}")
+    for out, images in {"a": source, "b": source, "c": "mine.zip"}.items():
+        assert run("folder", "--source", images, "--resolution", 8, "--out", f"{out}.zip")[0] == 0
+    assert len({(work / f"{name}.zip").read_bytes() for name in "abc"}) == 1
+
+
+@pytest.mark.slow  # other processes import torch anew
+def test_the_same_bytes_by_two_processes(work, run, monkeypatch):
+    source = saved(work / "mine", {f"{i % 3}/{i}.png": i for i in range(9)})
     monkeypatch.setattr(prepare, "CHUNK", 2)
-    for out, more in {"a": [], "b": [], "c": ["--workers", 2], "d": ["--workers", 1]}.items():
-        assert run("folder", "--source", source, "--resolution", 8, "--out", f"{out}.zip", *more)[0] == 0
-    assert run("folder", "--source", "mine.zip", "--resolution", 8, "--out", "e.zip")[0] == 0
-    assert len({(work / f"{name}.zip").read_bytes() for name in "abcde"}) == 1
+    for workers in (1, 2):
+        words = ("--resolution", 8, "--out", f"{workers}.zip", "--workers", workers)
+        assert run("folder", "--source", source, *words)[0] == 0
+    assert (work / "1.zip").read_bytes() == (work / "2.zip").read_bytes()
 
 
 def test_pngs_are_what_another_reader_reads(work):
@@ -142,20 +151,26 @@ def test_an_archive_with_a_wrong_checksum_is_refused(work, run, cifar):
     assert f"its MD5 is {found}, the original's c58f30108f718f92721af3b95e74349a" in line and "--any-checksum" in line
 
 
-def test_cifar10_is_fetched_where_there_is_a_network(work, run, monkeypatch):
+@pytest.mark.parametrize("trouble", [urllib.error.URLError("no route"), TimeoutError("slow"), ConnectionResetError("cut")])
+def test_without_a_network_the_file_is_asked_for(work, run, monkeypatch, trouble):
     def offline(*_, **__):
-        raise prepare.urllib.error.URLError("no route")
+        raise trouble
 
     monkeypatch.setattr(prepare.urllib.request, "urlopen", offline)
     line = refused(run, "cifar10")
     assert "cannot be fetched" in line and "put it at data/cifar-10-python.tar.gz" in line
     assert list((work / "data").iterdir()) == []
 
+
+def test_what_is_fetched_is_kept_only_if_its_checksum_is_right(work, run, monkeypatch):
     class Answer(io.BytesIO):
         headers = {"Content-Length": "5"}  # noqa: RUF012
 
     monkeypatch.setattr(prepare.urllib.request, "urlopen", lambda *_, **__: Answer(b"wrong"))
     assert "its MD5 is" in refused(run, "cifar10") and list((work / "data").iterdir()) == []
+    monkeypatch.setattr(prepare.cifar, "MD5", hashlib.md5(b"wrong").hexdigest())
+    refused(run, "cifar10")  # the right checksum, but no archive
+    assert (work / "data" / "cifar-10-python.tar.gz").read_bytes() == b"wrong"
 
 
 @pytest.mark.parametrize(
@@ -276,7 +291,7 @@ def test_an_image_beyond_the_bound_is_refused_before_it_is_decoded(work, run, mo
 
 def test_killed_it_leaves_no_zip_and_goes_well_afterwards(work):
     """Nothing is at the target until all is; what a killed process left is removed by the next."""
-    saved(work / "mine", {f"{i}.png": i % 7 for i in range(2500)})
+    saved(work / "mine", {f"{i}.png": i % 7 for i in range(1000)})
     words = [sys.executable, "-m", "reflow_lab.cli", "data", "folder", "--source", "mine", "--resolution", "32", "--workers", "1"]
     started = subprocess.Popen([*words, "--out", "x.zip"], stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 60
@@ -285,6 +300,6 @@ def test_killed_it_leaves_no_zip_and_goes_well_afterwards(work):
     started.send_signal(signal.SIGKILL)
     started.wait()
     assert not (work / "x.zip").exists() and len(list(work.glob(".x.zip.*.tmp"))) == 1
-    assert main(["data", "folder", "--source", "mine", "--resolution", "32", "--out", "x.zip"]) == 0
+    assert main([*words[3:], "--out", "x.zip"]) == 0
     assert sorted(path.name for path in work.iterdir()) == ["mine", "x.zip"]
-    assert len(read("x.zip", resolution=32)[0]) == 2500
+    assert len(read("x.zip", resolution=32)[0]) == 1000

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..arguments import Parser
-from ..artifacts import file_hash, remove_leftovers, write_atomically
+from ..artifacts import FULL, file_hash, remove_leftovers, write_atomically
 from ..errors import UserError, bad_value, require
 from ..progress import Bar, track
 from . import cifar
@@ -27,12 +27,13 @@ from .folder import MODES, SUFFIXES, TRANSFORMS, decode_image
 from .official import OFFICIAL, Official
 from .sets import ImageSet
 from .sources import reading, require_room
-from .workers import cores, in_order
+from .workers import in_order, sensible_workers
 from .zips import Members, encode_png, members_of, png_size, write_archive
 
 DATA = Path("data")  #: where official files are looked for and zips are written to
 MAX_BYTES = 256 << 20  #: of an image file
 CHUNK = 32  #: image files that a process converts at a time
+FILES_A_WORKER = 500  #: some seconds of conversion
 BATCH = re.compile(r"train_data_batch_(\d+)(\.npz)?$")
 DOWNSAMPLED_CLASSES = 1000
 
@@ -75,7 +76,7 @@ def parser() -> Parser:
         "--split", choices=("train", "test", "all"), help="of cifar10 (default train; test: for data.floor), afhqv2 (default all)"
     )
     add("--transform", choices=list(TRANSFORMS), help="default: center-crop; for imagenet64 center-crop-dhariwal, as ADM does it")
-    add("--workers", type=int, default=cores(), help="processes (default: one a core); they change no byte")
+    add("--workers", type=int, help="processes (default: one for 500 files, at most one a core); they change no byte")
     add("--any-checksum", action="store_true", help="accept another file than the official one")
     return made
 
@@ -90,7 +91,7 @@ def settle(args: Any, official: Official) -> None:
     require(args.split is None or args.split in official.counts, "--split", args.split, f"the splits of {args.what}: {known}")
     args.split = args.split or official.split
     require(args.what == "folder" or args.channels == 3, "--channels", args.channels, f"{args.what} is RGB")
-    require(args.workers >= 1, "--workers", args.workers, "must be at least 1")
+    require(args.workers is None or args.workers >= 1, "--workers", args.workers, "must be at least 1")
     args.transform = args.transform or official.transform
     part = "" if args.split == official.split else f"-{args.split}"
     args.out = args.out or DATA / f"{official.archive}{part}-{args.resolution}x{args.resolution}.zip"
@@ -163,7 +164,7 @@ def fetch(url: str, path: Path, args: Any) -> None:
             with urllib.request.urlopen(url, timeout=60) as answer, target.open("wb") as file:
                 copy(answer, file, f"fetch {path.name}", int(answer.headers.get("Content-Length") or 0))
         except OSError as error:
-            if not isinstance(error, urllib.error.URLError | TimeoutError):
+            if error.errno in FULL:
                 raise
             raise UserError(f"{url}: cannot be fetched ({error}); put it at {path}, or name its --source") from None
         if not args.any_checksum:
@@ -231,7 +232,7 @@ def from_files(args: Any, official: Official) -> Pictures:
     labels = classes(members, [(name, match["label"]) for name, match in chosen]) if args.labels else None
     convert = Converter(members, args.resolution, args.channels, args.transform)
     tasks = [names[first : first + CHUNK] for first in range(0, len(names), CHUNK)]
-    workers = min(args.workers, len(tasks))
+    workers = args.workers or sensible_workers(len(names), FILES_A_WORKER)
     return Pictures((png for some in in_order(convert, tasks, workers) for png in some), len(names), labels)
 
 

@@ -11,17 +11,15 @@ from typing import Any, TypeVar
 
 from ..errors import UserError
 
-FILES_A_WORKER = 50_000  #: fewer small ones are done by the time that another process has started
-
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 _work: Callable[[Any], Any]  #: of a worker process
 
 
-def sensible_workers(num_files: int) -> int:
-    """A process for every 50,000 small files, at most one a core."""
-    return max(1, min(cores(), num_files // FILES_A_WORKER))
+def sensible_workers(num_files: int, enough: int) -> int:
+    """A process for every `enough` files, at most one a core: fewer are done by the time that another one has started."""
+    return max(1, min(cores(), num_files // enough))
 
 
 def cores() -> int:
