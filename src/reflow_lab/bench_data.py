@@ -1,7 +1,8 @@
 """`bench data`: images delivered to the training step from memory and from a mapped archive, beside torch's DataLoader.
 
 All read the same zip, made in a temporary folder (TMPDIR), in random batches, and hand over floats on the device. A turn is
-several batches, more than the loader's processes prepare in advance, so that what they do in others' turns counts little.
+more batches than a loader's processes prepare in advance, and about as long for each way, so that what they do in others'
+turns counts little.
 """
 
 import io
@@ -25,8 +26,9 @@ from .data.zips import encode_png, member_name, write_archive
 from .noise import bits
 
 SHAPE = (3, 32, 32)
-BATCHES = 20  #: a turn
+BATCHES = {"resident": 500, "mapped": 500, "loader_png": 20, "loader_decoded": 100}  #: a turn, a few tenths of a second
 WORKERS = 2
+PARALLEL = f"_{WORKERS}_workers"
 
 
 class Zipped(Dataset):
@@ -62,12 +64,13 @@ def measure(device: str, sizes: Sizes) -> dict[str, Any]:
             "resident": ours(resident(held, where), batch, where),
             "mapped": ours(mapped, batch, where),
             "loader_png": loader(Zipped(path, count), batch, where, 0),
-            f"loader_png_{WORKERS}_workers": loader(Zipped(path, count), batch, where, WORKERS),
+            f"loader_png{PARALLEL}": loader(Zipped(path, count), batch, where, WORKERS),
             "loader_decoded": loader(decoded, batch, where, 0),
-            f"loader_decoded_{WORKERS}_workers": loader(decoded, batch, where, WORKERS),
+            f"loader_decoded{PARALLEL}": loader(decoded, batch, where, WORKERS),
         }
-        times = race({key: turn(step) for key, step in ways.items()}, sizes.repeats)
-    rates = {key: BATCHES * batch / float(np.median(values[1:])) for key, values in times.items()}
+        raced = race({key: turn(step, batches(key)) for key, step in ways.items()}, sizes.repeats)
+    times = {key: [value / batches(key) for value in values] for key, values in raced.items()}
+    rates = {key: batch / float(np.median(values[1:])) for key, values in times.items()}
     over = {
         mine: {theirs: ratio(times[theirs], times[mine]) for theirs in ways if theirs.startswith("loader")}
         for mine in ("resident", "mapped")
@@ -102,11 +105,16 @@ def endless(made: DataLoader) -> Iterator[Tensor]:
             yield found[0] if isinstance(found, list) else found
 
 
-def turn(step: Callable[[], object]) -> Callable[[], None]:
-    """Several batches."""
+def batches(way: str) -> int:
+    """How many a turn of it has."""
+    return BATCHES[way.removesuffix(PARALLEL)]
+
+
+def turn(step: Callable[[], object], num: int) -> Callable[[], None]:
+    """So many batches."""
 
     def work() -> None:
-        for _ in range(BATCHES):
+        for _ in range(num):
             step()
 
     return work

@@ -33,6 +33,7 @@ def make_cells(folder, seeds, metrics=METRICS, nfe=(1, 9)):
             )
             rest = {
                 "nfe": float(steps),
+                "network_calls": float(steps),
                 "seed": seed,
                 "floor": 12.34,
                 "straightness": 0.5,

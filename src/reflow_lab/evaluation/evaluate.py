@@ -51,11 +51,17 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     if cfg.t_max is None:
         cfg.t_max = run.t_max
     check(cfg)
-    metrics = over_seeds([measured(settled(one, run), run) for one in by_seed(cfg)])
-    led = metrics["protocol"]["guidance"]
-    print(f"{run.path}, {auto.words(settled(cfg, run).inf)}{f', {guidance.in_words(led)}' if led else ''}: {metrics['folder']}")
+    found = [settled(one, run) for one in by_seed(cfg)]
+    metrics = over_seeds([measured(one, run) for one in found])
+    print(f"{run.path}, {sampler_words(found[0], metrics)}: {metrics['folder']}")
     print(summary(metrics))
     return metrics
+
+
+def sampler_words(cfg: DictConfig, metrics: dict[str, Any]) -> str:
+    """Solver, grid and guidance of a cell, for people."""
+    led = metrics["protocol"]["guidance"]
+    return auto.words(cfg.inf) + (f", {guidance.in_words(led)}" if led else "")
 
 
 def by_seed(cfg: DictConfig) -> list[DictConfig]:

@@ -16,7 +16,6 @@ from torch import nn
 from .. import parts
 from ..errors import UserError, require
 from ..evaluation import evaluate
-from ..inf import auto
 from ..networks import files
 from ..paths import experiments_dirs
 from ..training import train
@@ -244,4 +243,6 @@ def run(planned: Planned, runs: dict[tuple[str, int], Path]) -> list[dict[str, A
     found = parts.described(files.find(folder), parts.data_source(training), "run")
     about = {"name": row.name, "overrides": list(row.overrides), "teacher": row.teacher, "seed": seed, "run": str(folder)}
     settled, cost = [evaluate.settled(cfg, found) for cfg in configs], train.cost(folder)
-    return [{**about, "training": cost, "sampler": auto.words(cfg.inf), **evaluate.measured(cfg, found)} for cfg in settled]
+    cells = [evaluate.measured(cfg, found) for cfg in settled]
+    words = [evaluate.sampler_words(cfg, cell) for cfg, cell in zip(settled, cells, strict=True)]
+    return [{**about, "training": cost, "sampler": word, **cell} for word, cell in zip(words, cells, strict=True)]

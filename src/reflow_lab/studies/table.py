@@ -24,6 +24,7 @@ COLUMNS = (
     "overrides",
     "teacher",
     "nfe",
+    "network_calls",
     "seed",
     "floor",
     "straightness",
