@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from . import parts
 from .bench import QUICKSTART, Sizes, configured, machine, race, ratio, seconds
 from .bench_pairs import anonymous_mb
+from .evaluation import inception
 from .evaluation.frechet import Moments, Reference
 from .evaluation.inception import InceptionFeatures
 from .evaluation.metrics import FrechetDistance
@@ -118,6 +119,7 @@ def end_to_end(weights: Path, device: torch.device, sizes: Sizes) -> dict[str, A
         results["torch_fidelity"] = found["frechet_inception_distance"]
 
     def ours() -> None:
+        inception._network.cache_clear()  # start-up is part of both
         network = InceptionFeatures(weights)
         metric = FrechetDistance(Reference.of(network(real.to(device))), network.name)
         metric.update(network(made.to(device)))

@@ -62,7 +62,7 @@ VERBS = {
         "reflow_lab.networks.export:main", "a run's weights, or its sampler, as one file, for another machine", is_hydra=False
     ),
     "ema": Verb("reflow_lab.training.posthoc:main", "make an average of another length from stored ones", is_hydra=False),
-    "bench": Verb("reflow_lab.bench:main", "time training, sampling and pairs against bare loops", is_hydra=False),
+    "bench": Verb("reflow_lab.bench:main", "time training, sampling, pairs, data and metrics against others", is_hydra=False),
 }
 
 EXAMPLES = """\

@@ -15,6 +15,7 @@ from PIL import Image
 
 from reflow_lab.data import archive
 from reflow_lab.data.archive import Archive
+from reflow_lab.data.sources import partition
 from reflow_lab.data.zips import ZipMembers, central_directory
 from reflow_lab.errors import UserError
 
@@ -74,19 +75,32 @@ def said(path, **options) -> str:
     return str(caught.value)
 
 
+def shuffled(labels=LABELS, count: int = 12) -> np.ndarray:
+    """The order in which a set has an archive's images."""
+    (order,) = partition(np.zeros(count, np.int64) if labels is None else np.array(labels), (1.0,), "archive")
+    return order
+
+
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("pack", [packed, unpacked])
 def test_every_pixel_and_label_arrives(tmp_path, pack, cached):
     path = pack(tmp_path / "edm-8x8.zip", contents(pixels()))
     held = source(path, cache=str(tmp_path / "cache") if cached else None).split("train")
-    assert np.array_equal(held.images, pixels()) and held.labels.tolist() == LABELS
+    assert np.array_equal(held.images, pixels()[shuffled()]) and held.labels.tolist() == [LABELS[i] for i in shuffled()]
     assert held.images.dtype == torch.uint8 and held.name == "archive/train"
 
 
 def test_order_is_that_of_the_names(tmp_path):
     files = contents(pixels())
     path = packed(tmp_path / "x.zip", dict(reversed(files.items())))
-    assert np.array_equal(source(path).split("train").images, pixels())
+    assert np.array_equal(source(path).split("train").images, pixels()[shuffled()])
+
+
+def test_the_first_images_of_a_sorted_archive_are_a_sample(tmp_path):
+    labels = [k // 50 for k in range(200)]
+    path = packed(tmp_path / "x.zip", contents(pixels(200), labels))
+    first = source(path, num_classes=4).split("train").labels[:40].tolist()
+    assert {first.count(k) for k in range(4)} <= set(range(3, 20))
 
 
 def test_mapped_and_in_memory_are_equal_and_so_are_their_hashes(tmp_path, edm):
@@ -108,7 +122,7 @@ def test_another_archive_of_the_same_name_is_decoded_anew(tmp_path, edm):
     source(edm, cache=str(tmp_path / "cache")).split("train")
     other = pixels()[::-1].copy()
     packed(edm, contents(other))
-    assert np.array_equal(source(edm, cache=str(tmp_path / "cache")).split("train").images, other)
+    assert np.array_equal(source(edm, cache=str(tmp_path / "cache")).split("train").images, other[shuffled()])
 
 
 def test_the_directory_holds_every_check_sum(edm):
@@ -135,7 +149,7 @@ def test_without_classes_labels_are_not_read(tmp_path):
 
 def test_grey_images(tmp_path):
     path = packed(tmp_path / "x.zip", contents(pixels(channels=1)))
-    assert np.array_equal(source(path, channels=1).split("train").images, pixels(channels=1))
+    assert np.array_equal(source(path, channels=1).split("train").images, pixels(channels=1)[shuffled()])
 
 
 def test_without_images_kept_apart_the_floor_is_empty(edm):
@@ -163,7 +177,8 @@ def test_a_fraction_leaves_the_rest_as_floor(tmp_path, cached):
 def test_floor_from_another_archive_may_lack_classes(tmp_path, edm):
     other = packed(tmp_path / "test.zip", contents(pixels(3)[::-1].copy(), [0, 1, 1]))
     floor = source(edm, floor=str(other)).split("floor")
-    assert np.array_equal(floor.images, pixels(3)[::-1]) and floor.labels.tolist() == [0, 1, 1]
+    order = shuffled([0, 1, 1], 3)
+    assert np.array_equal(floor.images, pixels(3)[::-1][order]) and floor.labels.tolist() == [[0, 1, 1][i] for i in order]
 
 
 @pytest.mark.slow  # other processes import torch anew
@@ -197,7 +212,7 @@ def test_decoding_that_was_killed_is_done_again_and_leaves_nothing(tmp_path, edm
     assert process.exitcode != 0
     left = list(cache.rglob(".images.npy*"))
     assert len(left) == (how == signal.SIGKILL) and not list(cache.rglob("done.json"))
-    assert np.array_equal(source(edm, cache=str(cache)).split("train").images, pixels())
+    assert np.array_equal(source(edm, cache=str(cache)).split("train").images, pixels()[shuffled()])
     assert not list(cache.rglob("*.tmp")) and len(list(cache.iterdir())) == 1
 
 

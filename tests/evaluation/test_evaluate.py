@@ -268,7 +268,7 @@ def test_weights_that_make_nan_are_refused(toy: Lab, tmp_path: Path) -> None:
     save_file(state, tmp_path / "nan.safetensors", metadata)
     cfg = toy.config("evaluate", f"run={tmp_path / 'nan.safetensors'}")
     for _ in range(2):  # nothing half-written is taken for whole
-        with pytest.raises(UserError, match=r"nan\.safetensors: made NaN or infinite samples"):
+        with pytest.raises(UserError, match=r"nan\.safetensors: made \d+ NaN or infinite samples of \d+"):
             evaluate.evaluate(cfg)
 
 
@@ -322,7 +322,7 @@ def test_several_sets_of_samples(measure, capsys) -> None:  # type: ignore[no-un
     for name in ("fd_points", "fd_points_teacher", "paired_rmse", "kd_points"):
         values = [cell[name] for cell in alone]
         assert found["over_seeds"][name]["values"] == values and len(set(values)) == 3
-        assert found["over_seeds"][name]["min"] == min(values)
+        assert found["over_seeds"][name].get("min") == (min(values) if name.startswith("fd_") else None)
         assert found["over_seeds"][name]["std"] == pytest.approx(np.std(values, ddof=1))
     assert "fd_points over 3 sets of samples: minimum" in capsys.readouterr().out
     assert "over_seeds" not in alone[0]

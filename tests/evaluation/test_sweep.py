@@ -5,7 +5,8 @@ import pytest
 from reflow_lab.cli import main
 from reflow_lab.evaluation import sweep
 
-PROTOCOL = dict.fromkeys(sweep.MEASURED_BY, 1)
+FIXED = ("num_images", "evaluation", "features", "reference", "scores", "data", "teacher", "precision")
+PROTOCOL = dict.fromkeys(FIXED, 1)
 
 
 def job(folder, words, distance, **protocol):
@@ -13,7 +14,8 @@ def job(folder, words, distance, **protocol):
     names = {"fd_lite0": distance, "fd_lite0_teacher": distance / 2}
     intervals = {name: [value - 1, value + 1] for name, value in names.items()}
     shared = {"folder": str(folder / "evaluate" / "key"), "num_images": 10, "floor": 3.0, "distance": "fd_lite0"}
-    return words.split(), {**names, **shared, "intervals": intervals, "protocol": PROTOCOL | protocol | {"words": words}}
+    shared |= {"nfe": 1.0, "network_calls": 1.0}
+    return words.split(), {**names, **shared, "intervals": intervals, "protocol": PROTOCOL | protocol | {"grid": words}}
 
 
 def swept(folder, capsys):
@@ -63,7 +65,7 @@ def test_numbers_are_in_order_of_size(tmp_path):
     assert sweep.layout(found).values == ["2", "9", "15"]
 
 
-@pytest.mark.parametrize("part", sweep.MEASURED_BY)
+@pytest.mark.parametrize("part", FIXED)
 def test_cells_that_do_not_compare_make_no_table(tmp_path, capsys, part):
     sweep.finish([job(tmp_path, "nfe=1", 5), job(tmp_path, "nfe=2", 4, **{part: 2})])
     assert f"({part})" in capsys.readouterr().out and not (tmp_path / "sweeps").exists()

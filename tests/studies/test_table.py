@@ -43,6 +43,7 @@ def make_cells(folder, seeds, metrics=METRICS, nfe=(1, 9)):
                 "sampler": f"Euler on Uniform, {name}",
                 "training": {"kimg": 30.0, "seconds": 61.0 + seed, "device": "a GPU"},
                 "num_images": 2500,
+                "scores": [],
                 "distance": "fd_points" if "fd_points" in metrics else "fd_lite0",
             }
             intervals = {metric: [v - 1, v + 1] for metric, v in values.items()}

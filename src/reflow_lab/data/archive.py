@@ -25,7 +25,7 @@ from .sources import partition, reading, require_room, require_split
 from .workers import in_order, sensible_workers
 from .zips import LABELS, SIGNATURE, Members, members_of, read_labels
 
-VERSION = 1  #: of what is kept in the cache: increment when the same archive is decoded into something else
+VERSION = 2  #: of what is kept in the cache: increment when the same archive is decoded into something else
 MAX_SIDE = 1024  #: pixels; larger images are refused before they are decoded
 MAX_BYTES = 16 << 20  #: of a PNG, likewise: four times what an uncompressed one of MAX_SIDE takes
 CHUNK = 256  #: images that a worker decodes at a time
@@ -128,15 +128,16 @@ class Part:
 
 
 def survey(job: Job) -> list[Part]:
-    """The parts of an archive, when all that can be said before decoding is right; else a `UserError`."""
+    """The parts of an archive, when all that can be said before decoding is right; else a `UserError`.
+
+    Each part is in random order, always the same: archives are sorted by class, and the first images should be a sample.
+    """
     members, names = job.members, job.members.named(".png")
     members.require(bool(names), f"holds no PNG; it must be {KIND}")
     members.require(LABELS in members.sizes, f"holds no {LABELS}; `reflow-lab data folder` makes an archive of images")
     require_first(job, names[0])
     labels = read_labels(members, names) if job.labelled else None
     members.require(labels is not None or not job.labelled, f"its {LABELS} has no labels: set data.num_classes=0")
-    if len(job.shares) == 1:
-        return [Part(names, labels)]
     cut = partition(np.zeros(len(names), np.int64) if labels is None else labels, job.shares, "archive")
     empty = f"cannot cut the {len(names)} images in {members.path} in two"
     require(all(len(rows) for rows in cut), "data.train_fraction", f"{job.shares[0]:g}", empty)

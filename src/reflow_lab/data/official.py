@@ -31,6 +31,11 @@ class Official:
     options: dict[str, str] = field(default_factory=dict)  #: keys of data that go with it
 
     @property
+    def has_own_data(self) -> bool:
+        """Whether its experiment reads such a zip already: conf/data has a member for it."""
+        return self.experiment.removesuffix("_base") in ("afhqv2", "ffhq", "imagenet64")
+
+    @property
     def split(self) -> str:
         """The split that is written unless --split names another."""
         return next(iter(self.counts), "all")

@@ -1,10 +1,11 @@
 """The verb `data`: EDM's zip + dataset.json from the official archives, from ImageNet's folders or from one's own images.
 
-The same images make the same bytes, whatever machine, libraries and number of processes.
+The same pixels make the same bytes on any machine, by any number of processes; decoding JPEGs and resizing are Pillow's.
 """
 
 import argparse
 import contextlib
+import http.client
 import io
 import re
 import urllib.error
@@ -83,7 +84,7 @@ def parser() -> Parser:
 
 def settle(args: Any, official: Official) -> None:
     """Put defaults where nothing is said, and refuse what the data set does not have."""
-    args.resolution = args.resolution or official.resolution
+    args.resolution = official.resolution if args.resolution is None else args.resolution
     require(0 < args.resolution <= MAX_SIDE, "--resolution", args.resolution, f"must be given: 1 to {MAX_SIDE} pixels")
     args.labels = official.labels if args.labels is None else args.labels
     require(official.has_labels or not args.labels, "--labels", args.what, "has none")
@@ -126,8 +127,10 @@ def summary(pictures: Pictures, args: Any, official: Official) -> str:
         "data.num_classes": classes,
     }
     words = " ".join(f"{key}={value}" for key, value in {**keys, **official.options}.items())
-    use = f"reflow-lab train experiment={official.experiment} data=archive {words}"
-    return "\n".join([*lines, f"real images not to train on: data.floor={args.out}" if args.split == "test" else use])
+    chosen = "" if official.has_own_data else "data=archive "
+    use = f"reflow-lab train experiment={official.experiment} {chosen}{words}"
+    apart = "" if "all" not in official.counts else ", beside an archive of --split train"
+    return "\n".join([*lines, f"real images not to train on{apart}: data.floor={args.out}" if args.split == "test" else use])
 
 
 def sources(args: Any, official: Official) -> list[Path]:
@@ -163,12 +166,12 @@ def fetch(url: str, path: Path, args: Any) -> None:
         try:
             with urllib.request.urlopen(url, timeout=60) as answer, target.open("wb") as file:
                 copy(answer, file, f"fetch {path.name}", int(answer.headers.get("Content-Length") or 0))
-        except OSError as error:
-            if error.errno in FULL:
+        except (OSError, http.client.HTTPException) as error:
+            if getattr(error, "errno", None) in FULL:
                 raise
             raise UserError(f"{url}: cannot be fetched ({error}); put it at {path}, or name its --source") from None
         if not args.any_checksum:
-            cifar.require_original(target, "--source", "say --any-checksum")
+            cifar.require_original(target, str(path), "say --any-checksum")
 
     write_atomically(path, download)
 
@@ -178,6 +181,8 @@ def copy(answer: IO[bytes], file: IO[bytes], what: str, total: int) -> None:
     blocks = iter(lambda: answer.read(1 << 20), b"")
     for _ in track((file.write(block) >> 20 for block in blocks), what, total >> 20, "MB"):
         pass
+    if total and file.tell() != total:
+        raise OSError(f"{file.tell():,} of {total:,} bytes came")
 
 
 def from_cifar(args: Any, official: Official) -> Pictures:

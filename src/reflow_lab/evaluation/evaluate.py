@@ -36,12 +36,19 @@ from .features import FeatureNetwork, PointFeatures, identity
 from .frechet import Linearised, Reference
 from .intervals import interval, linear_bootstrap, mean_bootstrap
 from .memory import peak_memory_mb
-from .metrics import distance_name as metric_name
+from .metrics import PUBLISHED_INCEPTION, warn_of_few
 from .paired import BANDS, feature_distance, paired_mse_by_band, paired_rmse
 from .straightness import sample_straightness
 
 VERSION = 4  #: of the recipe: increment when the same configuration means another result
-NOT_MEASURING = ("search", "num_seeds", "features", "reference")  #: settings that change no cell, or are said by what they name
+NOT_MEASURING = (
+    "search",
+    "num_seeds",
+    "features",
+    "reference",
+    "metrics",
+)  #: settings that change no cell, or are said by what they name
+FID_IMAGES = 50_000  #: what the field's convention asks for
 NUM_SHOWN = {"images": 64, "points": 2000}  #: first samples kept, for pictures
 
 
@@ -77,9 +84,15 @@ def by_seed(cfg: DictConfig) -> list[DictConfig]:
 def over_seeds(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The metrics of the first set of samples; of several `over_seeds`, with each metric's minimum, mean and spread."""
     first, names = cells[0], [*cells[0]["intervals"], *cells[0]["scores"]]
+    distances = (first["distance"], f"{first['distance']}_teacher")  # whose minimum is the field's habit
     values = {name: [cell[name] for cell in cells] for name in names}
     spread = {
-        name: {"min": min(found), "mean": statistics.fmean(found), "std": statistics.stdev(found), "values": found}
+        name: {
+            **({"min": min(found)} if name in distances else {}),
+            "mean": statistics.fmean(found),
+            "std": statistics.stdev(found),
+            "values": found,
+        }
         for name, found in values.items()
         if len(cells) > 1
     }
@@ -94,7 +107,8 @@ def summary(metrics: dict[str, Any]) -> str:
     nfe, calls = metrics["nfe"], metrics["network_calls"]
     lines = [f"N {metrics['num_images']}, nfe {nfe:g}{f', network calls {calls:g}' if calls != nfe else ''}: {shown}"]
     for name, found in metrics.get("over_seeds", {}).items():
-        few = f"minimum {found['min']:.4g}, mean {found['mean']:.4g}, standard deviation {found['std']:.2g}"
+        least = f"minimum {found['min']:.4g}, " if "min" in found else ""
+        few = f"{least}mean {found['mean']:.4g}, standard deviation {found['std']:.2g}"
         lines.append(f"  {name} over {len(found['values'])} sets of samples: {few}")
     return "\n".join(lines)
 
@@ -110,7 +124,7 @@ def check(cfg: DictConfig) -> None:
     for name in ("reference", "floor"):
         has, num = len(parts.data_source(cfg).split(name)), options.num_images
         allowed = f"the split {name} has only {has} samples, and distances of different numbers do not compare"
-        free = has == 0 if name == "floor" else options.reference is not None
+        free = options.reference is not None or (name == "floor" and has == 0)
         require(num <= has or free, "evaluation.num_images", num, allowed)
     seeds = range(options.seed, options.seed + options.num_seeds)
     seen = "must differ from pairs.seed: students have seen that noise"
@@ -118,6 +132,8 @@ def check(cfg: DictConfig) -> None:
     times(cfg)
     scores.check(parts.plain(options.metrics), feature_network(cfg), options.reference)
     about_reference(cfg)
+    if options.reference not in (None, "all"):
+        statistics_in(Path(options.reference), feature_network(cfg))
     if cfg.teacher.path is not None:
         teacher_samples_plan(cfg)
     if auto.is_asked(cfg):
@@ -133,9 +149,14 @@ def check_search(cfg: DictConfig) -> None:
     used = (*range(cfg.evaluation.seed, cfg.evaluation.seed + cfg.evaluation.num_seeds), cfg.pairs.seed)
     others = "must differ from evaluation.seed and pairs.seed: a sampler is reported on noise that it was not chosen on"
     require(search.seed not in used, "evaluation.search.seed", search.seed, others)
-    has = min(filter(None, (len(parts.data_source(cfg).split(name)) for name in ("reference", "floor"))))
-    allowed = f"the splits reference and floor have only {has} samples"
-    require(search.num_images <= has, "evaluation.search.num_images", search.num_images, allowed)
+    has = len(parts.data_source(cfg).split("reference"))
+    allowed = f"the split reference has only {has} samples"
+    require(
+        search.num_images <= has or cfg.evaluation.reference is not None,
+        "evaluation.search.num_images",
+        search.num_images,
+        allowed,
+    )
 
 
 def settled(cfg: DictConfig, run: Teacher) -> DictConfig:
@@ -207,6 +228,7 @@ def protocol(cfg: DictConfig, run: Teacher) -> dict[str, Any]:
         "evaluation": {key: value for key, value in parts.plain(cfg.evaluation).items() if key not in NOT_MEASURING},
         "features": identity(feature_network(cfg)),
         "reference": about_reference(cfg),
+        "scores": scores.about(parts.plain(cfg.evaluation.metrics), cfg.evaluation.num_images),
         "data": {name: held.split(name).content_hash for name in ("reference", "floor")},
         "teacher": None if cfg.teacher.path is None else teacher_samples_plan(cfg).key,
     }
@@ -242,8 +264,11 @@ def feature_network(cfg: DictConfig) -> FeatureNetwork:
 
 
 def distance_name(cfg: DictConfig) -> str:
-    """What the Fréchet distance is called: by its features; FID if they are Inception's published ones."""
-    return metric_name("fd", feature_network(cfg).name)
+    """What the Fréchet distance is called: by its features. A FID is Inception's, of 50,000 rounded images, of a whole set."""
+    network = feature_network(cfg)
+    whole = cfg.evaluation.reference is not None and cfg.evaluation.num_images == FID_IMAGES
+    is_fid = network.name == PUBLISHED_INCEPTION and whole and network.settings["rounding"]
+    return "fid" if is_fid else f"fd_{network.name}"
 
 
 def features(cfg: DictConfig, samples: Tensor) -> Tensor:
@@ -265,7 +290,7 @@ def once(make: Callable[[], Any], *key: object) -> Any:
 class Real(NamedTuple):
     """What samples are measured against; features of real samples, (n, d), where the metrics that need them can be had.
 
-    `floor` is the distance of as many other real samples, where there are any.
+    `floor` is the distance of as many other real samples, where there are so many.
     """
 
     reference: Reference
@@ -280,12 +305,8 @@ def about_reference(cfg: DictConfig) -> dict[str, Any]:
         return {"images": split.content_hash, "num_images": cfg.evaluation.num_images}
     if wanted == "all":
         return {"images": split.content_hash, "num_images": len(split)}
-    require(
-        Path(wanted).is_file(),
-        "evaluation.reference",
-        wanted,
-        "no such file; null, all, or statistics of EDM (.npz) or EDM2 (.pkl)",
-    )
+    there = isinstance(wanted, str) and Path(wanted).is_file()
+    require(there, "evaluation.reference", wanted, "no such file; null, all, or statistics of EDM (.npz) or EDM2 (.pkl)")
     return {"statistics": file_hash(Path(wanted)), "num_images": None}
 
 
@@ -305,13 +326,21 @@ def real(cfg: DictConfig) -> Real:
         found = features(cfg, images.take(torch.arange(num))[0])
         reference = Reference.of(found)
     elif wanted == "all":
-        kept = real_statistics.cached(cfg.outputs, images, network, num)
+        kept = real_statistics.cached(cfg.outputs, images, network, num if cfg.evaluation.metrics else 0, parts.device(cfg))
         found, reference = kept.features, Reference.given(*kept.statistics)
     else:
-        reference = Reference.given(*real_statistics.read(Path(wanted)))
+        reference = Reference.given(*statistics_in(Path(wanted), network))
     other = source.split("floor")
-    floor = reference.distance(features(cfg, other.take(torch.arange(num))[0])) if len(other) else None
+    floor = reference.distance(features(cfg, other.take(torch.arange(num))[0])) if len(other) >= num else None
     return Real(reference, found, floor)
+
+
+def statistics_in(path: Path, network: FeatureNetwork) -> real_statistics.Statistics:
+    """The statistics of a file, which must be of as many dimensions as the features."""
+    found = real_statistics.read(path, "fd_dinov2" if network.name.startswith("dinov2") else "fid")
+    dims, named = len(found.mean), f"{network.name}'s features have {network.num_features} dimensions"
+    require(dims == network.num_features, "evaluation.reference", path, f"has {dims} dimensions, {named}")
+    return found
 
 
 class TeacherSamples(NamedTuple):
@@ -403,13 +432,17 @@ def flow_straightness(cfg: DictConfig, run: Teacher) -> float:
 def measure(cfg: DictConfig, run: Teacher) -> tuple[dict[str, Any], Tensor, dict[str, list[float]]]:
     """The metrics of a cell, its first samples, and the bootstrap values by which cells are compared."""
     drawn, name = draw(cfg, run), distance_name(cfg)
-    require(bool(drawn.x0.isfinite().all()), "run", run.path, "made NaN or infinite samples")
+    bad = int((~drawn.x0.flatten(1).isfinite()).any(1).sum())
+    require(bad == 0, "run", run.path, f"made {bad} NaN or infinite samples of {len(drawn.x0)}")
     found, resamples = features(cfg, drawn.x0), Resamples(cfg)
+    if len(found) <= found.shape[1]:
+        warn_of_few(*found.shape)
     real = reference(cfg)
     resamples.distance(name, real.reference.linearise(found))
     if cfg.teacher.path is not None:
         against_teacher(cfg, drawn.x0, found, resamples)
-    also = scores.measure(parts.plain(cfg.evaluation.metrics), feature_network(cfg), drawn.x0, found, real.features)
+    wanted, seen = parts.plain(cfg.evaluation.metrics), drawn.x0.to(parts.device(cfg))
+    also = scores.measure(wanted, feature_network(cfg), seen, found, real.features)
     about = {
         "num_images": cfg.evaluation.num_images,
         "nfe": drawn.nfe,

@@ -103,6 +103,12 @@ def check(cfg: DictConfig, run: Teacher) -> None:
     """Raise a `UserError` for settings under which some part could not be done, before any of the work."""
     parts.check(cfg)
     settings = cfg.inspect
+    require(
+        settings.seed != cfg.pairs.seed,
+        "inspect.seed",
+        settings.seed,
+        "must differ from pairs.seed: students have seen that noise",
+    )
     wanted = parts.plain(settings.parts)
     known = isinstance(wanted, list) and bool(wanted) and all(name in LOOKS for name in wanted)
     require(known, "inspect.parts", wanted, f"must be a list of some of {', '.join(LOOKS)}")

@@ -49,7 +49,9 @@ def plan(outputs: str | Path, images: SampleSet, network: FeatureNetwork, num_fe
     return artifact(outputs, "reference", VERSION, **made, num_features=min(num_features, len(images)))
 
 
-def cached(outputs: str | Path, images: SampleSet, network: FeatureNetwork, num_features: int = 0) -> Cached:
+def cached(
+    outputs: str | Path, images: SampleSet, network: FeatureNetwork, num_features: int = 0, device: torch.device | None = None
+) -> Cached:
     """The statistics of all images, computed if nobody has yet; processes that want the same ones wait for the first.
 
     num_features: how many images' features are kept for the metrics that compare samples. They are taken in a random order
@@ -59,18 +61,18 @@ def cached(outputs: str | Path, images: SampleSet, network: FeatureNetwork, num_
     with made.locked():
         if not made.is_done():
             made.begin()
-            _fill(made, images, network)
+            _fill(made, images, network, device)
             made.finish()
     features = np.load(made.folder / "features.npy", allow_pickle=False)
     return Cached(made.key, read(made.folder / "statistics.npz"), torch.from_numpy(features))
 
 
-def _fill(made: Artifact, images: SampleSet, network: FeatureNetwork) -> None:
+def _fill(made: Artifact, images: SampleSet, network: FeatureNetwork, device: torch.device | None) -> None:
     order = permutation(0, "reference", len(images))
     moments, kept, wanted = Moments.of(torch.empty(0, network.num_features)), [], made.recipe["num_features"]
     with Bar(f"reference {network.name}", len(images), "images") as bar:
         for first in range(0, len(order), BATCH):
-            features = network(images.take(order[first : first + BATCH])[0])
+            features = network(images.take(order[first : first + BATCH], device)[0])
             moments += Moments.of(features)
             kept.append(features[: max(wanted - first, 0)].numpy())
             bar.advance(len(features))

@@ -10,7 +10,7 @@ from ..artifacts import digest, write_atomically, write_json
 from ..studies.table import against_itself, header, show
 from .intervals import Interval
 
-MEASURED_BY = ("num_images", "evaluation", "features", "data", "teacher", "precision")  #: what cells of one table share
+VARIED = ("weights", "profile", "solver", "grid", "nfe", "t_max", "guidance")  #: parts of a protocol that a table is about
 SUFFIXES = ("_teacher", "", "_added")  #: of the distances shown, the primary one first
 
 
@@ -31,11 +31,12 @@ class Layout(NamedTuple):
 
 def finish(jobs: Sequence[tuple[Sequence[str], dict[str, Any]]]) -> None:
     """Write table.md, table.json, quality.png and quality.svg of a sweep's jobs, (overrides, metrics) each; print the table."""
-    found = [Job(dict(word.lstrip("+~").split("=", 1) for word in words), metrics) for words, metrics in jobs]
-    if differing := [part for part in MEASURED_BY if len({digest(job.metrics["protocol"][part]) for job in found}) > 1]:
+    found = [Job(dict(word.lstrip("+~").partition("=")[::2] for word in words), metrics) for words, metrics in jobs]
+    fixed = [part for part in found[0].metrics["protocol"] if part not in VARIED]
+    if differing := [part for part in fixed if len({digest(job.metrics["protocol"].get(part)) for job in found}) > 1]:
         print(f"no table: the cells differ in how they are measured ({', '.join(differing)}), so they do not compare")
         return
-    out = Path(found[0].metrics["folder"]).parents[1] / "sweeps" / digest([job.metrics["protocol"] for job in found])
+    out = Path(found[0].metrics["folder"]).parents[1] / "sweeps" / digest([[job.words, job.metrics["protocol"]] for job in found])
     out.mkdir(parents=True, exist_ok=True)
     made, text = layout(found), markdown(found)
     write_json(out / "table.json", [{"words": job.words, **job.metrics} for job in found])
@@ -100,9 +101,31 @@ def markdown(jobs: Sequence[Job]) -> str:
             "| " + " | ".join([row, *(show(value(found[v], name), name) if v in found else "" for v in made.values)]) + " |"
             for row, found in series(jobs, made).items()
         ]
-        titles = [f"{v} NFE" if made.columns == "nfe" else row_word(made.columns, v) for v in made.values]
-        lines += ["", f"## {name}", "", *header(titles), *rows]
+        lines += ["", f"## {name}", "", *header(column_titles(made)), *rows]
+    if any(job.metrics["network_calls"] != job.metrics["nfe"] for job in jobs):
+        lines += [
+            "",
+            "## Network calls a sample: guidance calls two networks",
+            "",
+            *header(column_titles(made)),
+            *calls(jobs, made),
+        ]
+    if any("over_seeds" in job.metrics for job in jobs):
+        lines += ["", "Shown is the first set of samples; table.json has all of them under over_seeds."]
     return "\n".join([*lines, ""])
+
+
+def column_titles(made: Layout) -> list[str]:
+    """What stands above the columns."""
+    return [f"{v} NFE" if made.columns == "nfe" else row_word(made.columns, v) for v in made.values]
+
+
+def calls(jobs: Sequence[Job], made: Layout) -> list[str]:
+    """Calls of networks, a row a combination."""
+    return [
+        "| " + " | ".join([row, *(f"{found[v].metrics['network_calls']:g}" if v in found else "" for v in made.values)]) + " |"
+        for row, found in series(jobs, made).items()
+    ]
 
 
 def plot(jobs: Sequence[Job], made: Layout, kind: str, path: Path) -> None:

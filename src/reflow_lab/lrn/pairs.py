@@ -179,7 +179,7 @@ def is_done(made: Artifact) -> bool:
 def located(cfg: DictConfig) -> dict[str, Any]:
     """The configuration of the data set, from which another process finds it again: a path made absolute."""
     data: dict[str, Any] = parts.plain(cfg.data)
-    return data | ({"path": str(Path(data["path"]).absolute())} if data.get("path") else {})
+    return data | {key: str(Path(data[key]).absolute()) for key in ("path", "floor", "cache") if data.get(key)}
 
 
 def solve(

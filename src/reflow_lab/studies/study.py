@@ -117,7 +117,7 @@ def _names(path: Path, names: list[str], rows: Sequence[Row]) -> None:
 def chosen(study: Study, names: Sequence[str] | None) -> Study:
     """The study with these of its rows, in its own order; an effect is left out where the row it is measured against is."""
     known = [row.name for row in study.rows]
-    wanted = known if names is None else list(map(str, names))
+    wanted = known if names is None else [names] if isinstance(names, str) else list(map(str, names))
     require(bool(wanted) and set(wanted) <= set(known), "rows", wanted, f"must be some of {', '.join(known)}")
     rows = tuple(row if row.against in wanted else replace(row, against=None) for row in study.rows if row.name in wanted)
     for row in rows:
@@ -153,6 +153,8 @@ def compose(study: Study, row: Row, seed: int, given: list[str]) -> Planned:
     for cfg, nfe in zip(configs, study.nfe, strict=True):
         cfg.nfe = nfe
         evaluate.check(cfg)
+        one = "a study measures one set of samples, whose noise its rows share; see evaluate for several"
+        require(cfg.evaluation.num_seeds == 1, "evaluation.num_seeds", cfg.evaluation.num_seeds, one)
     training.nfe = study.nfe[0]
     training.pairs.seed += depth(study, row)
     return Planned(row, seed, training, tuple(configs))

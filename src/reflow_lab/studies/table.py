@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .study import Row, Study
 
 Cell = dict[str, Any]
-DIGITS = {"fd_lite0": 1, "fid": 2}  #: after the point, by the metric's name
+DIGITS = {"fd_lite0": 1, "fd_inception": 2, "fid": 2}  #: after the point, by the metric's name
 
 
 COLUMNS = (
@@ -42,7 +42,7 @@ COLUMNS = (
 
 def write(out: Path, study: Study, cells: Sequence[Cell]) -> str:
     """Write table.json, a list of cells with COLUMNS and every metric, and table.md; returns the Markdown."""
-    metrics = list(cells[0]["intervals"])
+    metrics = [*cells[0]["intervals"], *cells[0]["scores"]]
     write_json(out / "table.json", [{key: cell[key] for key in (*COLUMNS, *metrics)} for cell in cells])
     text = markdown(study, cells)
     write_atomically(out / "table.md", lambda p: p.write_text(text))

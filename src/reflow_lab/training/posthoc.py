@@ -193,8 +193,9 @@ def is_there(target: Target, made: dict[str, Any], known: Sequence[Snapshot]) ->
     """Whether the file is this average already, from the same snapshots or because training followed it; another is refused."""
     if not target.path.exists():
         return False
-    posthoc, run = files.describe(target.path).get("posthoc"), target.path.resolve().parents[1]
-    same = posthoc == made or (posthoc is None and known[-1].path.resolve().parent == run / "snapshots")
+    about, run = files.describe(target.path), target.path.resolve().parents[1]
+    followed = about.get("profile") == sigma_name(target.average.sigma_rel) and "posthoc" not in about
+    same = about.get("posthoc") == made or (followed and known[-1].path.resolve().parent == run / "snapshots")
     require(same, "--out", target.path, "is there already and holds something else")
     return True
 

@@ -65,6 +65,8 @@ def plan(cfg: DictConfig) -> Artifact:
     """The artifact of a run: the configuration that changes it, and the hashes of data, start and pairs; `net` is settled."""
     parts.settle_net(cfg)
     source = parts.data_source(cfg)
+    with torch.device("meta"):
+        instantiate(cfg.net)  # settings that no network takes are refused before any work
     mixture = instantiate(cfg.lrn.coupling)
     kinds = mixture.weights if cfg.training.total_kimg else {}
     require_labels(cfg, kinds)
@@ -286,10 +288,12 @@ def overfitting(cfg: DictConfig, kinds: Sequence[str]) -> list[L.Callback]:
 
     A ReFlow has pairs held out, which `ByTime` looks at.
     """
-    splits = [parts.data_source(cfg).split(name) for name in ("train", "floor")]
-    if not set(kinds) <= {*STOCHASTIC} or not all(map(len, splits)):
+    if not set(kinds) <= {*STOCHASTIC}:
         return []
-    train, heldout = (from_data(cfg, kinds[0], split) for split in splits)
+    splits = [parts.data_source(cfg).split(name) for name in ("train", "floor")]
+    if not all(map(len, splits)):
+        return []
+    train, heldout = (from_data(cfg, "independent", split) for split in splits)
     return [Overfitting(train, heldout, cfg.trainer.diagnostics_every_kimg)]
 
 
