@@ -52,5 +52,5 @@ def no_network(monkeypatch):
 def no_memory():
     """What the cells of a study share in a process does not pass from test to test."""
     yield
-    if evaluate := sys.modules.get("reflow_lab.evaluation.evaluate"):
-        evaluate._SHARED.clear()
+    if targets := sys.modules.get("reflow_lab.evaluation.targets"):
+        targets._SHARED.clear()

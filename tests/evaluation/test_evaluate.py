@@ -15,7 +15,7 @@ from reflow_lab import parts
 from reflow_lab.artifacts import file_hash, read_json
 from reflow_lab.cli import main
 from reflow_lab.errors import UserError
-from reflow_lab.evaluation import evaluate
+from reflow_lab.evaluation import evaluate, targets
 from reflow_lab.evaluation.features import WEIGHT_HASH
 from reflow_lab.evaluation.intervals import Z95
 from reflow_lab.gaussian import Gaussian
@@ -155,7 +155,7 @@ def test_samples_are_kept_for_pictures(measure) -> None:  # type: ignore[no-unty
 
 def test_the_same_cell_twice_needs_no_network(measure, request) -> None:  # type: ignore[no-untyped-def]
     first = measure("nfe=7")
-    evaluate._SHARED.clear()
+    targets._SHARED.clear()
     request.getfixturevalue("no_network")
     assert measure("nfe=7") == first
     with pytest.raises(AssertionError, match="a network was called"):

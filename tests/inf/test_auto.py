@@ -9,7 +9,7 @@ from hydra.utils import instantiate
 from reflow_lab import cli, parts
 from reflow_lab.artifacts import read_json
 from reflow_lab.errors import UserError
-from reflow_lab.evaluation import evaluate
+from reflow_lab.evaluation import evaluate, targets
 from reflow_lab.gaussian import Gaussian
 from reflow_lab.inf import auto
 from reflow_lab.training import train
@@ -151,7 +151,7 @@ def test_evaluate_reports_what_is_found_on_fresh_noise(toy, capsys, request):
     assert by_hand == metrics and metrics["protocol"]["evaluation"]["seed"] == 11
     stores = [read_json(path)["seed"] for path in toy.outputs.glob("pairs/*/recipe.json")]
     assert {11, 2000} <= set(stores)
-    evaluate._SHARED.clear()
+    targets._SHARED.clear()
     request.getfixturevalue("no_network")
     assert evaluate.evaluate(toy.config("evaluate", *words)) == metrics
 
@@ -162,7 +162,7 @@ MISTAKES = {
     "evaluation.search.seed=-1": "must be a whole number of at least 0",
     "evaluation.search.num_trials=2": "must be a whole number of at least 3",
     "evaluation.search.num_images=1": "must be a whole number of at least 2",
-    "evaluation.search.num_images=5000": "the splits reference and floor have only 2000 samples",
+    "evaluation.search.num_images=5000": "the split reference has only 2000 samples",
 }
 
 

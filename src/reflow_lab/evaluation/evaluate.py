@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from .. import parts
-from ..artifacts import Artifact, artifact, file_hash, read_json, write_json
+from ..artifacts import Artifact, artifact, read_json, write_json
 from ..data.sets import to_uint8
 from ..errors import require
 from ..flow import MeanVelocity
@@ -24,21 +24,32 @@ from ..inf import auto, guidance
 from ..inf.grids import Uniform
 from ..inf.sampler import CountCalls, sample, sampling_times
 from ..inf.solvers import Euler, TwoCall
-from ..lrn import pairs
 from ..lrn.store import pair_labels, pair_noise
 from ..networks import files
 from ..noise import Indices, chunks
 from ..parts import Teacher
 from ..progress import Bar
-from . import reference as real_statistics
 from . import scores
-from .features import FeatureNetwork, PointFeatures, identity
-from .frechet import Linearised, Reference
+from .features import identity
+from .frechet import Linearised
 from .intervals import interval, linear_bootstrap, mean_bootstrap
 from .memory import peak_memory_mb
-from .metrics import PUBLISHED_INCEPTION, warn_of_few
+from .metrics import warn_of_few
 from .paired import BANDS, feature_distance, paired_mse_by_band, paired_rmse
 from .straightness import sample_straightness
+from .targets import (
+    about_reference,
+    distance_name,
+    feature_network,
+    features,
+    is_images,
+    once,
+    reference,
+    statistics_in,
+    teacher_distance,
+    teacher_samples,
+    teacher_samples_plan,
+)
 
 VERSION = 4  #: of the recipe: increment when the same configuration means another result
 NOT_MEASURING = (
@@ -48,7 +59,6 @@ NOT_MEASURING = (
     "reference",
     "metrics",
 )  #: settings that change no cell, or are said by what they name
-FID_IMAGES = 50_000  #: what the field's convention asks for
 NUM_SHOWN = {"images": 64, "points": 2000}  #: first samples kept, for pictures
 
 
@@ -244,129 +254,6 @@ def effective_solver(cfg: DictConfig) -> dict[str, Any]:
     solver = instantiate(cfg.inf.solver)
     is_euler = isinstance(solver, TwoCall) and solver.num_steps(cfg.nfe, cfg.t_max, 0.0) == cfg.nfe
     return {"_target_": f"{Euler.__module__}.Euler"} if is_euler else parts.plain(cfg.inf.solver)
-
-
-def teacher_samples_plan(cfg: DictConfig) -> Artifact:
-    """The store of the teacher's many-step samples of the held-out noise: backward pairs of another seed."""
-    seed = cfg.evaluation.seed
-    return pairs.plan(cfg, "backward", cfg.evaluation.num_images, seed)
-
-
-def is_images(cfg: DictConfig) -> bool:
-    """Whether the data are images; points have no resolution."""
-    return "resolution" in cfg.data
-
-
-def feature_network(cfg: DictConfig) -> FeatureNetwork:
-    """What turns samples into features: a network for images; points are their own."""
-    made: FeatureNetwork = instantiate(cfg.evaluation.features) if is_images(cfg) else PointFeatures(cfg.data.dim)
-    return made
-
-
-def distance_name(cfg: DictConfig) -> str:
-    """What the Fréchet distance is called: by its features. A FID is Inception's, of 50,000 rounded images, of a whole set."""
-    network = feature_network(cfg)
-    whole = cfg.evaluation.reference is not None and cfg.evaluation.num_images == FID_IMAGES
-    is_fid = network.name == PUBLISHED_INCEPTION and whole and network.settings["rounding"]
-    return "fid" if is_fid else f"fd_{network.name}"
-
-
-def features(cfg: DictConfig, samples: Tensor) -> Tensor:
-    """What distances are taken of, float32 (n, d) on the CPU, computed on the configured device."""
-    return feature_network(cfg)(samples.to(parts.device(cfg)) if is_images(cfg) else samples)
-
-
-_SHARED: dict[str, Any] = {}
-
-
-def once(make: Callable[[], Any], *key: object) -> Any:
-    """What the cells of a study share, made once a process; the key holds all that it depends on."""
-    name = " ".join(map(str, key))
-    if name not in _SHARED:
-        _SHARED[name] = make()
-    return _SHARED[name]
-
-
-class Real(NamedTuple):
-    """What samples are measured against; features of real samples, (n, d), where the metrics that need them can be had.
-
-    `floor` is the distance of as many other real samples, where there are so many.
-    """
-
-    reference: Reference
-    features: Tensor | None
-    floor: float | None
-
-
-def about_reference(cfg: DictConfig) -> dict[str, Any]:
-    """What samples are measured against, by its content: real images, so many of the split, or a file of statistics."""
-    wanted, split = cfg.evaluation.reference, parts.data_source(cfg).split("reference")
-    if wanted is None:
-        return {"images": split.content_hash, "num_images": cfg.evaluation.num_images}
-    if wanted == "all":
-        return {"images": split.content_hash, "num_images": len(split)}
-    there = isinstance(wanted, str) and Path(wanted).is_file()
-    require(there, "evaluation.reference", wanted, "no such file; null, all, or statistics of EDM (.npz) or EDM2 (.pkl)")
-    return {"statistics": file_hash(Path(wanted)), "num_images": None}
-
-
-def reference(cfg: DictConfig) -> Real:
-    """The real samples to measure against, and the floor."""
-    split = parts.data_source(cfg).split("floor")
-    key = (about_reference(cfg), split.content_hash, cfg.evaluation.num_images, identity(feature_network(cfg)))
-    return once(lambda: real(cfg), "reference", *key)
-
-
-def real(cfg: DictConfig) -> Real:
-    """See `reference`; statistics of a whole split are kept beside the other artifacts."""
-    num, wanted = cfg.evaluation.num_images, cfg.evaluation.reference
-    source, network = parts.data_source(cfg), feature_network(cfg)
-    images, found = source.split("reference"), None
-    if wanted is None:
-        found = features(cfg, images.take(torch.arange(num))[0])
-        reference = Reference.of(found)
-    elif wanted == "all":
-        kept = real_statistics.cached(cfg.outputs, images, network, num if cfg.evaluation.metrics else 0, parts.device(cfg))
-        found, reference = kept.features, Reference.given(*kept.statistics)
-    else:
-        reference = Reference.given(*statistics_in(Path(wanted), network))
-    other = source.split("floor")
-    floor = reference.distance(features(cfg, other.take(torch.arange(num))[0])) if len(other) >= num else None
-    return Real(reference, found, floor)
-
-
-def statistics_in(path: Path, network: FeatureNetwork) -> real_statistics.Statistics:
-    """The statistics of a file, which must be of as many dimensions as the features."""
-    found = real_statistics.read(path, "fd_dinov2" if network.name.startswith("dinov2") else "fid")
-    dims, named = len(found.mean), f"{network.name}'s features have {network.num_features} dimensions"
-    require(dims == network.num_features, "evaluation.reference", path, f"has {dims} dimensions, {named}")
-    return found
-
-
-class TeacherSamples(NamedTuple):
-    """The teacher's many-step samples of the held-out noise, with their features."""
-
-    x0: Tensor
-    features: Tensor
-    reference: Reference
-
-
-def teacher_samples(cfg: DictConfig) -> TeacherSamples:
-    """Generated first if they are missing."""
-
-    def make() -> TeacherSamples:
-        store = pairs.ensure(cfg, "backward", cfg.evaluation.num_images, cfg.evaluation.seed)
-        x0 = store.stored(np.arange(len(store)))
-        found = features(cfg, x0)
-        return TeacherSamples(x0, found, Reference.of(found))
-
-    return once(make, "teacher", teacher_samples_plan(cfg).key, identity(feature_network(cfg)))
-
-
-def teacher_distance(cfg: DictConfig) -> Linearised:
-    """The distance of the teacher's many-step samples to the data: what a perfect student has."""
-    key = (teacher_samples_plan(cfg).key, about_reference(cfg), identity(feature_network(cfg)))
-    return once(lambda: reference(cfg).reference.linearise(teacher_samples(cfg).features), "teacher to data", *key)
 
 
 class Samples(NamedTuple):

@@ -15,7 +15,7 @@ from torch import nn
 
 from .. import parts
 from ..errors import UserError, require
-from ..evaluation import evaluate
+from ..evaluation import evaluate, targets
 from ..networks import files
 from ..paths import experiments_dirs
 from ..training import train
@@ -215,7 +215,7 @@ def require_comparable(plans: Sequence[Planned]) -> None:
 def measured_by(cfg: DictConfig) -> dict[str, Any]:
     """What must be alike for numbers of two rows to compare; the teacher's samples depend on pairs' solver, grid and nfe too."""
     shared = {name: parts.plain(cfg[name]) for name in SHARED_KEYS}
-    return shared if cfg.teacher.path is None else shared | {"teacher's samples": evaluate.teacher_samples_plan(cfg).key}
+    return shared if cfg.teacher.path is None else shared | {"teacher's samples": targets.teacher_samples_plan(cfg).key}
 
 
 def study(cfg: DictConfig) -> list[dict[str, Any]]:
