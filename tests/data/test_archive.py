@@ -193,7 +193,7 @@ def test_several_processes_decode_the_same(tmp_path, edm, monkeypatch):
 def decode_slowly(path, cache, begun) -> None:
     def slow(self, names):
         begun.set()
-        time.sleep(0.05)
+        time.sleep(1)  # a busy machine may be long in killing it
         return np.zeros((len(names), 3, 8, 8), np.uint8)
 
     archive.Decoder.__call__, archive.CHUNK = slow, 1

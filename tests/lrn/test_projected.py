@@ -99,7 +99,7 @@ def test_a_conditional_coupling_keeps_its_classes(tmp_path):
         "pairs", tmp_path, *words, *PAIRS, *SINKHORN, "teacher=run", f"teacher.path={teacher}", "pairs.kind=projected"
     )
     before, after = pairs.ensure(settings, "backward"), pairs.ensure(settings, "projected")
-    x0, _, label = after.read(np.arange(3000))
+    x0, _, label, _ = after.read(np.arange(3000))
     data, classes = projected.marginal_of(settings, before, "x0").law("reference", np.arange(3000))
     assert torch.equal(label, before.labels(np.arange(3000)))
     for moon in (0, 1):

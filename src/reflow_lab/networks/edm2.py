@@ -22,7 +22,7 @@ EPS = 1e-4
 def normalised(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     """x over its root mean square along `dim`; the latter in float32."""
     norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    num = math.prod(x.shape[d] for d in ((dim,) if isinstance(dim, int) else dim))
+    num = math.prod([x.shape[d] for d in ((dim,) if isinstance(dim, int) else dim)])  # a list: a generator does not compile
     return x / (EPS + norm * math.sqrt(1 / num)).to(x.dtype)
 
 
