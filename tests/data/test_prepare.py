@@ -260,7 +260,7 @@ def test_a_downsampled_batch_that_is_none_is_one_line(work, run):
 BAD = {
     "no such file or folder": ["folder", "--source", "nowhere", "--resolution", 8],
     "--source=None: must name": ["folder", "--resolution", 8],
-    "--resolution=0: must be given": ["folder", "--source", "mine"],
+    "--resolution=None: must be given": ["folder", "--source", "mine"],
     "--resolution=16: CIFAR-10 has 32": ["cifar10", "--source", "mine", "--resolution", 16],
     "--split=test: the splits of ffhq: all": ["ffhq", "--split", "test"],
     "--channels=1: ffhq is RGB": ["ffhq", "--channels", 1],

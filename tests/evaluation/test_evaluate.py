@@ -332,3 +332,10 @@ def test_features_of_a_wrong_size_are_one_line(images: Lab, capsys) -> None:  # 
     words = images.words(f"run={images.teacher}", "evaluation.features.resolution=8")
     assert main(["evaluate", *words]) == 2
     assert "evaluation.features.resolution=8: a whole number of at least 32" in capsys.readouterr().err
+
+
+def test_an_experiment_that_wants_a_teacher_is_measured_against_the_data_without_one(toy: Lab, capsys) -> None:  # type: ignore[no-untyped-def]
+    words = [*toy.overrides, f"outputs={toy.outputs}", f"run={toy.teacher}", "nfe=2", "evaluation.num_images=200"]
+    assert main(["evaluate", *words]) == 0
+    said = capsys.readouterr().out
+    assert "measured against the data alone" in said and "fd_points_teacher" not in said

@@ -84,7 +84,12 @@ class CIFAR10:
         with reading(f"data.path={self.path}", "copy of cifar-10-python.tar.gz"):
             raw = _batches_in_folder(path, BATCHES[part]) if path.is_dir() else self._batches_in_archive(path, BATCHES[part])
         missing = [name for name in BATCHES[part] if name not in raw]
-        require(not missing, "data.path", self.path, f"holds no {', '.join(missing)}; it must be the archive {URL} or its folder")
+        require(
+            not missing,
+            "data.path",
+            self.path,
+            f"holds no {', '.join(missing)}; it must be {URL}, its folder, or with data.source=sheets sheets",
+        )
         return _join(self._decode(name, raw[name]) for name in BATCHES[part])
 
     def _batches_in_archive(self, path: Path, names: Iterable[str]) -> dict[str, bytes]:

@@ -85,7 +85,8 @@ def parser() -> Parser:
 def settle(args: Any, official: Official) -> None:
     """Put defaults where nothing is said, and refuse what the data set does not have."""
     args.resolution = official.resolution if args.resolution is None else args.resolution
-    require(0 < args.resolution <= MAX_SIDE, "--resolution", args.resolution, f"must be given: 1 to {MAX_SIDE} pixels")
+    given = args.resolution or None
+    require(given is not None and 0 < given <= MAX_SIDE, "--resolution", given, f"must be given: 1 to {MAX_SIDE} pixels")
     args.labels = official.labels if args.labels is None else args.labels
     require(official.has_labels or not args.labels, "--labels", args.what, "has none")
     known = ", ".join(official.counts) or "none"

@@ -150,7 +150,12 @@ def require_same_net(cfg: DictConfig, path: Path, key: str) -> None:
     ours, theirs = dict(leaves("net", parts.plain(cfg.net))), dict(leaves("net", files.describe(path)["net"]))
     both = [name for name in ours if name in theirs and not name.endswith(".dropout")]
     differing = [f"{name}: {theirs[name]} in the file, {ours[name]} here" for name in both if ours[name] != theirs[name]]
-    require(not differing, key, path, f"these weights belong to another network; {'; '.join(differing)}")
+    require(
+        not differing,
+        key,
+        path,
+        f"these weights belong to another network; {'; '.join(differing)}; net=teacher takes the teacher's",
+    )
 
 
 def leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
