@@ -164,7 +164,7 @@ def test_truncated_batch_in_a_folder(tmp_path, contents):
 def test_missing_batch(tmp_path, contents):
     del contents["data_batch_4"]
     path = archive(tmp_path / "tiny.tar.gz", contents)
-    with pytest.raises(UserError, match=r"holds no data_batch_4; it must be the archive"):
+    with pytest.raises(UserError, match=r"holds no data_batch_4; it must be https"):
         CIFAR10(str(path), check_md5=False).split("train")
 
 
