@@ -196,6 +196,7 @@ def decode_slowly(path, cache, begun) -> None:
         time.sleep(1)  # a busy machine may be long in killing it
         return np.zeros((len(names), 3, 8, 8), np.uint8)
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background ignores
     archive.Decoder.__call__, archive.CHUNK = slow, 1
     source(path, cache=str(cache)).split("train")
 
