@@ -331,9 +331,9 @@ def test_no_training_gives_the_teachers_weights(tmp_path, teacher):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("net.sigma_data=0.8", r"net\.sigma_data: 0\.5 in the file, 0\.8 here$"),
-        ("net.network.width=24", r"net\.network\.width: 16 in the file, 24 here$"),
-        ("net.network.num_layers=2", r"net\.network\.num_layers: 1 in the file, 2 here$"),
+        ("net.sigma_data=0.8", r"net\.sigma_data: 0\.5 in the file, 0\.8 here; net=teacher takes the teacher's$"),
+        ("net.network.width=24", r"net\.network\.width: 16 in the file, 24 here; net=teacher takes the teacher's$"),
+        ("net.network.num_layers=2", r"net\.network\.num_layers: 1 in the file, 2 here; net=teacher takes the teacher's$"),
     ],
 )
 def test_a_teacher_with_another_network_is_refused(tmp_path, teacher, override, message):
