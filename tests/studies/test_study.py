@@ -154,7 +154,8 @@ def test_a_row_that_its_teachers_network_does_not_fit_is_found_before_any_traini
     write(work, overrides=SHORT, rows=rows)
     forbid_training()
     status, _, errors = run()
-    line = "teacher.path=the row k = 1: these weights belong to another network; net.sigma_data: 0.5 in the file, 0.3 here; net=teacher takes the teacher's"
+    line = "teacher.path=the row k = 1: these weights belong to another network; net.sigma_data: 0.5 in the file, 0.3 here"
+    line += "; net=teacher takes the teacher's"
     assert status == 2 and errors == [f"reflow-lab: {line}"] and not Path("outputs").exists()
 
 
