@@ -14,7 +14,6 @@ import functools
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +23,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from ..errors import require
 from ..noise import bits, permutation
-from .features import FeatureNetwork
 from .frechet import Moments, Reference
-from .inception import InceptionFeatures
 
 Numbers = dict[str, Tensor]  #: name -> scalar, float64
 FLOOR = 50  #: samples below which a Fréchet distance is refused
@@ -248,12 +245,3 @@ def require_dim(features: Tensor, dim: int) -> None:
     """Raise a `UserError` unless features are finite and have the reference's number of dimensions."""
     require(features.ndim == 2 and features.shape[1] == dim, "features", tuple(features.shape), f"(n, {dim}) as the reference")
     require(bool(features.isfinite().all()), "features", "nan or inf", "every feature must be finite")
-
-
-def feed(metrics: Any, network: FeatureNetwork, images: Tensor, indices: Sequence[int] | np.ndarray | Tensor) -> None:
-    """Pass a batch of images through the network once and on to all metrics, a `MetricCollection`."""
-    if isinstance(network, InceptionFeatures):
-        features, logits = network.outputs(images)
-        metrics.update(features=features, logits=logits, indices=indices)
-    else:
-        metrics.update(features=network(images), indices=indices)
