@@ -7,6 +7,7 @@ torch-fidelity's `calculate_metrics`, start-up included, is timed once beside ou
 import io
 import multiprocessing
 import tempfile
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch.utils.data import Dataset
 from . import parts
 from .bench import QUICKSTART, Sizes, configured, machine, race, ratio, seconds
 from .bench_pairs import anonymous_mb
-from .evaluation import inception
+from .evaluation import evaluate, inception
 from .evaluation.frechet import Moments, Reference
 from .evaluation.inception import InceptionFeatures
 from .evaluation.metrics import FrechetDistance
@@ -49,7 +50,7 @@ def measure(device: str, sizes: Sizes) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="reflow_lab_bench_") as name:
         random_weights(path := Path(name) / "inception.pth")
         found = {"features": race_features(path, where, sizes), "end_to_end": end_to_end(path, where, sizes)}
-    memory = {str(num): in_own_process(num) for num in (sizes.num_features // 10, sizes.num_features)}
+    memory = {str(num): in_own_process(num, device) for num in (sizes.num_features // 80, sizes.num_features // 8)}
     growth = max(memory.values()) - min(memory.values())
     found |= {"distance": race_distance(sizes), "memory": {"anonymous_mb": memory, "growth_mb": growth}}
     return {"machine": machine(cfg), "targets": TARGETS, **found}
@@ -149,18 +150,31 @@ def race_distance(sizes: Sizes) -> dict[str, Any]:
     return {"dim": DIM, "ours_s": ours, "torch_fidelity_s": theirs, "relative_difference": difference}
 
 
-def in_own_process(num: int) -> float:
+def in_own_process(num: int, device: str) -> float:
     """What `peak_mb` finds, in a fresh process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(peak_mb, num).result()
+        return pool.submit(peak_mb, num, device).result()
 
 
-def peak_mb(num: int) -> float:
-    """Peak anonymous memory, in MB, of a distance fed with `num` features of 2048 dimensions in batches of 500."""
+def peak_mb(num: int, device: str) -> float:
+    """Peak anonymous memory, in MB, of `evaluate`: `num` samples of one step, against as many images."""
     torch.set_num_threads(1)
-    nothing = torch.zeros(DIM, dtype=torch.float64)
-    metric, peak = FrechetDistance(Reference(nothing, nothing, nothing, nothing), "random"), 0.0
-    for _ in range(max(num // 500, 1)):
-        metric.update(torch.randn(500, DIM))
-        peak = max(peak, anonymous_mb())
-    return peak
+    cfg = configured(QUICKSTART, device, Sizes())
+    run, peak = parts.teacher(cfg), [0.0]
+    cfg.teacher.path, cfg.nfe, cfg.evaluation.num_images = None, 1, num
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.01):
+            peak[0] = max(peak[0], anonymous_mb())
+
+    watching = threading.Thread(target=watch)
+    with tempfile.TemporaryDirectory(prefix="reflow_lab_bench_") as name:
+        cfg.outputs = name
+        watching.start()
+        try:
+            evaluate.measured(cfg, run)
+        finally:
+            ended.set()
+            watching.join()
+    return peak[0]

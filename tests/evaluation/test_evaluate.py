@@ -147,7 +147,7 @@ def test_the_printed_line(measure, capsys) -> None:  # type: ignore[no-untyped-d
 
 
 def test_samples_are_kept_for_pictures(measure) -> None:  # type: ignore[no-untyped-def]
-    assert np.load(Path(measure("nfe=2")["folder"]) / "samples.npy", allow_pickle=False).shape == (1000, 2)
+    assert np.load(Path(measure("nfe=2")["folder"]) / "samples.npy", allow_pickle=False).shape == (800, 2)
 
 
 # Artifacts

@@ -84,7 +84,7 @@ def test_a_study_and_the_same_again(toy, run, work, forbid_training, monkeypatch
         assert image.width > image.height > 100
 
     forbid_training()
-    monkeypatch.setattr(evaluate, "draw", None)
+    monkeypatch.setattr(evaluate, "Drawing", None)
     assert run(*words)[0] == 0
     assert Path("here/table.md").read_text() == text and cells("here") == rows
     assert Path("here/samples.png").read_bytes() == picture

@@ -5,7 +5,7 @@ import importlib.metadata
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from .. import parts
-from ..artifacts import Artifact, artifact, read_json, write_json
+from ..artifacts import Artifact, artifact, read_json, write_atomically, write_json
 from ..data.sets import to_uint8
 from ..errors import require
 from ..flow import MeanVelocity
@@ -28,14 +28,14 @@ from ..lrn.store import pair_labels, pair_noise
 from ..networks import files
 from ..noise import Indices, chunks
 from ..parts import Teacher
-from ..progress import Bar
-from . import scores
+from . import scores, vectors
 from .features import identity
 from .frechet import Linearised
+from .inception import NUM_LOGITS, InceptionFeatures
 from .intervals import interval, linear_bootstrap, mean_bootstrap
 from .memory import peak_memory_mb
 from .metrics import warn_of_few
-from .paired import BANDS, feature_distance, paired_mse_by_band, paired_rmse
+from .paired import BANDS, feature_distance, paired_mse, paired_mse_by_band
 from .straightness import sample_straightness
 from .targets import (
     about_reference,
@@ -50,8 +50,9 @@ from .targets import (
     teacher_samples,
     teacher_samples_plan,
 )
+from .vectors import Vectors
 
-VERSION = 4  #: of the recipe: increment when the same configuration means another result
+VERSION = 5  #: of the recipe: increment when the same configuration means another result
 NOT_MEASURING = (
     "search",
     "num_seeds",
@@ -59,7 +60,7 @@ NOT_MEASURING = (
     "reference",
     "metrics",
 )  #: settings that change no cell, or are said by what they name
-NUM_SHOWN = {"images": 64, "points": 2000}  #: first samples kept, for pictures
+NUM_SHOWN = {"images": 64, "points": 800}  #: first samples kept, for pictures
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
@@ -207,16 +208,19 @@ def tuning_distance(cfg: DictConfig, run: Teacher) -> Callable[[auto.Nodes], flo
 
 
 def measured(cfg: DictConfig, run: Teacher) -> dict[str, Any]:
-    """The metrics of one cell of a table, from its artifact."""
+    """The metrics of one cell of a table, from its artifact; several processes draw its samples together."""
     made = plan(cfg, run)
-    with made.locked():
-        if not made.is_done():
-            made.begin()
-            metrics, shown, resamples = measure(cfg, run)
-            np.save(made.folder / "samples.npy", shown.numpy(), allow_pickle=False)
-            write_json(made.folder / "resamples.json", resamples)
-            write_json(made.folder / "metrics.json", metrics)
-            made.finish()
+    if not made.is_done():
+        drawing = Drawing(cfg, run, made.folder)
+        with vectors.passing(drawing.plan(), made.folder / ".drawn.lock"):
+            rows = vectors.fill(drawing.plan(), drawing.rows, parts.device(cfg), f"{cfg.name or run.hash} nfe {cfg.nfe}")
+            with made.locked():
+                if not made.is_done():
+                    made.begin()
+                    metrics, resamples = measure(cfg, run, rows, drawing.cost())
+                    write_json(made.folder / "resamples.json", resamples)
+                    write_json(made.folder / "metrics.json", metrics)
+                    made.finish()
     return read_json(made.folder / "metrics.json") | {"folder": str(made.folder)}
 
 
@@ -259,37 +263,111 @@ def effective_solver(cfg: DictConfig) -> dict[str, Any]:
     return {"_target_": f"{Euler.__module__}.Euler"} if is_euler else parts.plain(cfg.inf.solver)
 
 
-class Samples(NamedTuple):
-    """What a cell's sampler made, and its cost: time is the median over batches, memory that of a batch."""
+class Cost(NamedTuple):
+    """What sampling cost: calls a sample, the median time over batches, the memory of a batch."""
 
-    x0: Tensor
     nfe: float
     network_calls: float
     ms_per_image: float
     peak_memory_mb: float
 
 
-def draw(cfg: DictConfig, run: Teacher) -> Samples:
-    """Images from the held-out noise, batch by batch.
+class Drawing:
+    """A cell's samples as they are drawn, batch by batch, and what that costs; kept is what is measured of each, and a few.
 
-    The first batch sets up and is watched for its memory; the others are timed, and where there are none it again.
+    Its rows hold a sample's features, the logits that the Inception Score is made of, and its errors to the teacher's sample.
     """
-    network, batches = parts.velocity(cfg, run), chunks(np.arange(cfg.evaluation.num_images), cfg.evaluation.batch_size)
-    velocity = CountCalls(network)
-    with Bar(f"{cfg.name or run.hash} nfe {cfg.nfe}", cfg.evaluation.num_images, "images") as bar:
-        first = held_out_noise(cfg, run, batches[0])
-        x0, peak = peak_memory_mb(lambda: from_noise(cfg, velocity, *first), network, parts.device(cfg))
-        bar.advance(len(x0))
-        made, ms = [x0], []
-        for chunk in batches[1:] or batches:
-            x1, label = held_out_noise(cfg, run, chunk)
-            begin = time.perf_counter()
-            made.append(from_noise(cfg, velocity, x1, label))
-            ms.append(1000 * (time.perf_counter() - begin) / len(chunk))
-            bar.advance(len(chunk) if len(batches) > 1 else 0)
-    total = sum(map(len, made))
-    calls = velocity.nfe(total), velocity.network_calls(total)
-    return Samples(torch.cat(made[: len(batches)]), *calls, statistics.median(ms), peak)
+
+    def __init__(self, cfg: DictConfig, run: Teacher, folder: Path) -> None:
+        self.cfg, self.run, self.folder = cfg, run, folder
+        self.network = parts.velocity(cfg, run)
+        self.velocity, self.peak, self.ms, self.num = CountCalls(self.network), math.nan, list[float](), 0
+
+    def plan(self) -> Artifact:
+        """The artifact of the rows, which are there until the cell is done."""
+        size = self.cfg.evaluation.batch_size
+        about = {"cell": plan(self.cfg, self.run).key}
+        return vectors.plan(self.cfg.outputs, self.cfg.evaluation.num_images, sum(columns(self.cfg).values()), size, **about)
+
+    def rows(self, indices: Indices) -> Iterator[Tensor]:
+        """What is measured of these samples, float32 (m, width) a batch; raises a `UserError` for samples that are not finite."""
+        shown, num = list[Tensor](), NUM_SHOWN["images" if is_images(self.cfg) else "points"]
+        for chunk in chunks(indices, self.cfg.evaluation.batch_size):
+            x0 = self.samples(chunk)
+            bad = int((~x0.flatten(1).isfinite()).any(1).sum())
+            said = f"made {bad} NaN or infinite samples of {len(x0)}, numbers {chunk[0]} to {chunk[-1]}"
+            require(bad == 0, "run", self.run.path, said)
+            shown += [x0] if chunk[0] < num else []
+            yield torch.cat([*seen(self.cfg, x0), *errors(self.cfg, x0, chunk)], dim=1)
+        if indices[0] == 0:
+            self.keep(torch.cat(shown)[:num])
+
+    def samples(self, chunk: Indices) -> Tensor:
+        """A batch of samples; the first sets up and is watched for its memory, the others are timed."""
+        x1, label = held_out_noise(self.cfg, self.run, chunk)
+        self.num += len(chunk)
+        if math.isnan(self.peak):
+            x0, self.peak = peak_memory_mb(lambda: self.draw(x1, label), self.network, parts.device(self.cfg))
+            return x0
+        begin = time.perf_counter()
+        x0 = self.draw(x1, label)
+        self.ms.append(1000 * (time.perf_counter() - begin) / len(chunk))
+        return x0
+
+    def draw(self, x1: Tensor, label: Tensor | None) -> Tensor:
+        """Samples on the CPU."""
+        return from_noise(self.cfg, self.velocity, x1, label)
+
+    def keep(self, x0: Tensor) -> None:
+        """Write the first samples down, for pictures: images as bytes, or points."""
+        shown = (to_uint8(x0) if is_images(self.cfg) else x0).numpy()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / "samples.npy", lambda path: save_array(path, shown))
+
+    def cost(self) -> Cost:
+        """Of what this process has drawn; where that was no more than one batch, the first one again."""
+        while not self.ms:
+            self.samples(np.arange(min(self.cfg.evaluation.batch_size, self.cfg.evaluation.num_images)))
+        calls = self.velocity.nfe(self.num), self.velocity.network_calls(self.num)
+        return Cost(*calls, statistics.median(self.ms), self.peak)
+
+
+def save_array(path: Path, values: np.ndarray) -> None:
+    """Write an array under exactly this name: numpy would add its suffix."""
+    with path.open("wb") as file:
+        np.save(file, values, allow_pickle=False)
+
+
+def columns(cfg: DictConfig) -> dict[str, int]:
+    """What a row holds, in this order, and how many numbers of each."""
+    logits = NUM_LOGITS if "inception_score" in cfg.evaluation.metrics else 0
+    paired = 0 if cfg.teacher.path is None else 1 + len(BANDS) if is_images(cfg) else 1
+    return {"features": feature_network(cfg).num_features, "logits": logits, "paired": paired}
+
+
+def column(cfg: DictConfig, rows: Vectors, name: str) -> Vectors:
+    """The part of the rows that bears this name."""
+    widths = columns(cfg)
+    first = sum(list(widths.values())[: list(widths).index(name)])
+    return rows.columns(first, first + widths[name])
+
+
+def seen(cfg: DictConfig, x0: Tensor) -> list[Tensor]:
+    """Features (n, d) of samples, and logits where they are asked for."""
+    network = feature_network(cfg)
+    if not columns(cfg)["logits"]:
+        return [features(cfg, x0)]
+    assert isinstance(network, InceptionFeatures)
+    return list(network.outputs(x0.to(parts.device(cfg))))
+
+
+def errors(cfg: DictConfig, x0: Tensor, indices: Indices) -> list[Tensor]:
+    """The errors of samples to their teacher's of the same noise, where there is one: (n, 1) in all, (n, 3) by band."""
+    if cfg.teacher.path is None:
+        return []
+    theirs = teacher_samples(cfg).store.stored(indices)
+    bands = [paired_mse_by_band(x0, theirs).float()] if is_images(cfg) else []
+    return [paired_mse(x0, theirs).float()[:, None], *bands]
 
 
 def from_noise(cfg: DictConfig, velocity: MeanVelocity, x1: Tensor, label: Tensor | None) -> Tensor:
@@ -319,29 +397,24 @@ def flow_straightness(cfg: DictConfig, run: Teacher) -> float:
     return once(make, "straightness", run.hash, settings, seed, cfg.t_max, cfg.precision)
 
 
-def measure(cfg: DictConfig, run: Teacher) -> tuple[dict[str, Any], Tensor, dict[str, list[float]]]:
-    """The metrics of a cell, its first samples, and the bootstrap values by which cells are compared."""
-    drawn, name = draw(cfg, run), distance_name(cfg)
-    bad = int((~drawn.x0.flatten(1).isfinite()).any(1).sum())
-    require(bad == 0, "run", run.path, f"made {bad} NaN or infinite samples of {len(drawn.x0)}")
-    found, resamples = features(cfg, drawn.x0), Resamples(cfg)
+def measure(cfg: DictConfig, run: Teacher, rows: Vectors, cost: Cost) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """The metrics of a cell, from what was measured of each sample, and the bootstrap values by which cells are compared."""
+    found, name, resamples = column(cfg, rows, "features"), distance_name(cfg), Resamples(cfg)
     if len(found) <= found.shape[1]:
         warn_of_few(*found.shape)
     real = reference(cfg)
     resamples.distance(name, real.reference.linearise(found))
     if cfg.teacher.path is not None:
-        against_teacher(cfg, drawn.x0, found, resamples)
-    wanted, seen = parts.plain(cfg.evaluation.metrics), drawn.x0.to(parts.device(cfg))
-    also = scores.measure(wanted, feature_network(cfg), seen, found, real.features)
+        against_teacher(cfg, found, column(cfg, rows, "paired").all().double(), resamples)
+    also = scores.measure(
+        parts.plain(cfg.evaluation.metrics), found, column(cfg, rows, "logits"), real.features, feature_network(cfg)
+    )
     about = {
         "num_images": cfg.evaluation.num_images,
-        "nfe": drawn.nfe,
-        "network_calls": drawn.network_calls,
         "floor": real.floor,
         "straightness": flow_straightness(cfg, run),
-        "ms_per_image": drawn.ms_per_image,
-        "peak_memory_mb": drawn.peak_memory_mb,
         "device": parts.device_name(cfg),
+        **cost._asdict(),
         **resamples.values,
         **also,
         "distance": name,
@@ -349,12 +422,7 @@ def measure(cfg: DictConfig, run: Teacher) -> tuple[dict[str, Any], Tensor, dict
         "intervals": resamples.intervals(),
         "protocol": protocol(cfg, run),
     }
-    return about, shown(cfg, drawn.x0), {name: vector.tolist() for name, vector in resamples.vectors.items()}
-
-
-def shown(cfg: DictConfig, x0: Tensor) -> Tensor:
-    """The first samples: images as bytes, or points."""
-    return to_uint8(x0[: NUM_SHOWN["images"]]) if is_images(cfg) else x0[: NUM_SHOWN["points"]]
+    return about, {name: vector.tolist() for name, vector in resamples.vectors.items()}
 
 
 class Resamples:
@@ -386,7 +454,7 @@ class Resamples:
         return {name: [low, high] for name, (_, _, low, high) in found.items()}
 
 
-def against_teacher(cfg: DictConfig, x0: Tensor, found: Tensor, resamples: Resamples) -> None:
+def against_teacher(cfg: DictConfig, found: Vectors, paired: Tensor, resamples: Resamples) -> None:
     """The distances to the teacher's samples of the same noise: as sets, in pixels, by frequency band, in features.
 
     `_added` is the distance to the data less the teacher's own: the bias that rectifications and few steps add to the teacher's.
@@ -395,8 +463,9 @@ def against_teacher(cfg: DictConfig, x0: Tensor, found: Tensor, resamples: Resam
     own = teacher.reference.linearise(found, teacher.features)
     resamples.distance(f"{name}_teacher", own)
     resamples.beyond(f"{name}_added", name, teacher_distance(cfg))
-    resamples.mean("paired_rmse", paired_rmse(x0, teacher.x0))
+    resamples.mean("paired_rmse", paired[:, 0].sqrt())
     if is_images(cfg):
-        for band, values in zip(BANDS, paired_mse_by_band(x0, teacher.x0).unbind(1), strict=True):
+        for band, values in zip(BANDS, paired[:, 1:].unbind(1), strict=True):
             resamples.mean(f"paired_mse_{band}", values)
-        resamples.mean(f"paired_{feature_network(cfg).name}", feature_distance(found, teacher.features))
+        apart = torch.cat([feature_distance(*chunk) for chunk in zip(found, teacher.features, strict=True)])
+        resamples.mean(f"paired_{feature_network(cfg).name}", apart)

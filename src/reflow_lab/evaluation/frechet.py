@@ -1,11 +1,26 @@
 """The Fréchet distance of two feature sets, from running moments; by its features' name (`fd_lite0`), never FID."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
+
+
+class Chunked(Protocol):
+    """Rows (n, d) that are read a chunk at a time, in order, as often as need be: what a tensor is that need not be in memory."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, d)."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Tensor]: ...
+
+
+Features = Tensor | Chunked  #: float (n, d)
 
 
 @dataclass(frozen=True)
@@ -17,7 +32,7 @@ class Moments:
     outer: Tensor
 
     @classmethod
-    def of(cls, features: Tensor) -> Self:
+    def of(cls, features: Features) -> Self:
         """The moments of features (n, d), a chunk at a time, so that no float64 copy of all of them is made."""
         dim = features.shape[1]
         total, outer = torch.zeros(dim, dtype=torch.float64), torch.zeros(dim, dim, dtype=torch.float64)
@@ -60,7 +75,7 @@ class Reference:
     inverse_root: Tensor
 
     @classmethod
-    def of(cls, features: Tensor | Moments) -> Self:
+    def of(cls, features: Features | Moments) -> Self:
         """The reference of features (n, d) or of their moments."""
         moments = features if isinstance(features, Moments) else Moments.of(features)
         return cls.given(moments.mean, moments.cov)
@@ -72,7 +87,7 @@ class Reference:
         root, inverse_root = ((vectors * values**power) @ vectors.mT for power in (0.5, -0.5))
         return cls(mean, cov, root, inverse_root)
 
-    def distance(self, features: Tensor | Moments) -> float:
+    def distance(self, features: Features | Moments) -> float:
         """|m_a - m_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2), A and B the unbiased covariances (Dowson and Landau 1982).
 
         It is the W2^2 of `gaussian.w2_squared`. With few samples it is biased upwards: compare equal numbers of samples only.
@@ -80,7 +95,7 @@ class Reference:
         moments = features if isinstance(features, Moments) else Moments.of(features)
         return self._distance(moments, torch.linalg.eigvalsh(self._product(moments)).clamp(min=0))
 
-    def linearise(self, features: Tensor, own: Tensor | None = None) -> Linearised:
+    def linearise(self, features: Features, own: Features | None = None) -> Linearised:
         """The distance to features (n, d) and its derivative, by which `intervals.linear_bootstrap` resamples it.
 
         dFD = 2 dm.(m_b - m_a) + tr((1 - T) dB) with T = A^1/2 M^-1/2 A^1/2, M = A^1/2 B A^1/2, the optimal map from B to A;
@@ -112,11 +127,12 @@ def _positive_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return values[keep], vectors[:, keep]
 
 
-def _chunks(features: Tensor, size: int = 1024) -> Iterator[Tensor]:
-    return (chunk.to("cpu", torch.float64) for chunk in torch.split(features, size))
+def _chunks(features: Features, size: int = 1024) -> Iterator[Tensor]:
+    chunks: Iterable[Tensor] = torch.split(features, size) if isinstance(features, Tensor) else features
+    return (chunk.to("cpu", torch.float64) for chunk in chunks)
 
 
-def _influence(features: Tensor, mean: Tensor, shift: Tensor, half_map: Tensor) -> Tensor:
+def _influence(features: Features, mean: Tensor, shift: Tensor, half_map: Tensor) -> Tensor:
     """2 shift.y + c (|y|^2 - |half_map y|^2), less its mean, y = features - mean; c of the unbiased covariance."""
     correction = len(features) / (len(features) - 1)
 

@@ -23,6 +23,7 @@ KEY = "evaluation.features.weights"
 FILE = "weights-inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FILE}"
 WEIGHT_HASH = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+NUM_LOGITS = 1008
 SIDE = 299  #: pixels that images are resized to
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import noise
 
 Z95 = 1.959963984540054
+BLOCK = 8  #: resamples formed at a time
 
 
 class Interval(NamedTuple):
@@ -27,18 +28,21 @@ class Interval(NamedTuple):
     high: float
 
 
-def resample_indices(num_samples: int, num_resamples: int, seed: int) -> Tensor:
-    """The samples each resample draws with replacement, int64 (num_resamples, num_samples)."""
-    uniform = noise.uniform(seed, "bootstrap", np.arange(num_resamples), num_samples)
+def resample_indices(num_samples: int, num_resamples: int, seed: int, first: int = 0) -> Tensor:
+    """The samples that resamples `first` and on draw with replacement, int64 (num_resamples, num_samples)."""
+    uniform = noise.uniform(seed, "bootstrap", np.arange(first, first + num_resamples), num_samples)
     return (uniform * num_samples).long().clamp(max=num_samples - 1)
 
 
 @functools.lru_cache(maxsize=2)
-def _excess(num_samples: int, num_resamples: int, seed: int) -> Tensor:
-    """How often a resample draws each sample, less one, over num_samples: float64 (num_resamples, num_samples)."""
-    indices = resample_indices(num_samples, num_resamples, seed)
-    counts = torch.zeros(indices.shape, dtype=torch.float64).scatter_add_(1, indices, torch.ones(indices.shape).double())
-    return (counts - 1) / num_samples
+def _counts(num_samples: int, num_resamples: int, seed: int) -> Tensor:
+    """How often a resample draws each sample, uint8 (num_resamples, num_samples): all that a resample keeps of 50,000 samples."""
+    counts = torch.zeros(num_resamples, num_samples, dtype=torch.uint8)
+    for first in range(0, num_resamples, BLOCK):
+        block = counts[first : first + BLOCK]
+        indices = resample_indices(num_samples, len(block), seed, first)
+        block.scatter_add_(1, indices, torch.ones((), dtype=torch.uint8).expand(indices.shape))
+    return counts
 
 
 def bootstrap(statistic: Callable[[Tensor], float], num_samples: int, num_resamples: int, seed: int) -> Tensor:
@@ -61,7 +65,8 @@ def linear_bootstrap(value: float, influence: Tensor, num_resamples: int, seed: 
     n < d it is too narrow: 7.8 for 13 at n = 500.
     """
     centred = influence.double().cpu() - influence.double().mean().cpu()
-    return value + _excess(len(influence), num_resamples, seed) @ centred
+    counts = _counts(len(influence), num_resamples, seed)
+    return value + torch.cat([(block.double() - 1) @ centred for block in torch.split(counts, BLOCK)]) / len(influence)
 
 
 def mean_bootstrap(values: Tensor, num_resamples: int, seed: int) -> Tensor:

@@ -8,8 +8,8 @@ from torchmetrics import Metric
 
 from ..errors import require
 from .features import FeatureNetwork
-from .inception import InceptionFeatures
 from .metrics import PUBLISHED_INCEPTION, InceptionScore, KernelDistance, PrecisionRecall
+from .vectors import Vectors
 
 NAMES = ("kid", "precision_recall", "inception_score")
 SUBSET = 1000  #: samples of a subset of the kernel distance, or half of all where they are few: else every subset is the same
@@ -38,21 +38,25 @@ def about(names: list[str], num: int) -> dict[str, Any]:
     return {name: how[name] for name in names}
 
 
-def measure(names: list[str], network: FeatureNetwork, x0: Tensor, made: Tensor, real: Tensor | None) -> dict[str, float]:
-    """The values of these metrics, of samples x0 (n, ...) with features `made` (n, d), against features `real` (m, d)."""
-    indices = torch.arange(len(made))
-    found: dict[str, float] = {}
-    for name in names:
-        metric: Metric
-        if name == "inception_score":
-            assert isinstance(network, InceptionFeatures)
-            metric = InceptionScore(SPLITS)
-            metric.update(network.outputs(x0).logits, indices)
-        else:
-            assert real is not None
-            kernel = name == "kid"
-            size = about(["kid"], min(len(made), len(real)))["kid"]["subset_size"]
-            metric = KernelDistance(real, network.name, subset_size=size) if kernel else PrecisionRecall(real, NEIGHBOURS)
-            metric.update(made, indices)
-        found |= {key: float(value) for key, value in metric.compute().items()}
-    return found
+def measure(
+    names: list[str], made: Vectors, logits: Vectors, real: Vectors | Tensor | None, network: FeatureNetwork
+) -> dict[str, float]:
+    """The values of these metrics, of n samples' features `made` (n, d) and logits, against features `real` (m, d).
+
+    They compare samples with samples, so that, unlike the distances, they hold all features in memory.
+    """
+    metrics = {name: metric(name, len(made), real, network.name) for name in names}
+    for name, found in metrics.items():
+        found.update((logits if name == "inception_score" else made).all(), torch.arange(len(made)))
+    return {key: float(value) for found in metrics.values() for key, value in found.compute().items()}
+
+
+def metric(name: str, num: int, real: Vectors | Tensor | None, network: str) -> Metric:
+    """One of NAMES, for `num` samples."""
+    if name == "inception_score":
+        return InceptionScore(SPLITS)
+    assert real is not None
+    features = real if isinstance(real, Tensor) else real.all()
+    if name == "precision_recall":
+        return PrecisionRecall(features, NEIGHBOURS)
+    return KernelDistance(features, network, subset_size=about(["kid"], min(num, len(features)))["kid"]["subset_size"])

@@ -1,11 +1,9 @@
 """What samples are measured against: real images, the teacher's own samples of the same noise, in the features of one network."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
@@ -14,10 +12,14 @@ from .. import parts
 from ..artifacts import Artifact, file_hash
 from ..errors import require
 from ..lrn import pairs
+from ..lrn.store import PairStore
+from ..noise import Indices, chunks
 from . import reference as real_statistics
+from . import vectors
 from .features import FeatureNetwork, PointFeatures, identity
 from .frechet import Linearised, Reference
 from .metrics import PUBLISHED_INCEPTION
+from .vectors import Vectors
 
 FID_IMAGES = 50_000  #: what the field's convention asks for
 
@@ -52,6 +54,26 @@ def features(cfg: DictConfig, samples: Tensor) -> Tensor:
     return feature_network(cfg)(samples.to(parts.device(cfg)) if is_images(cfg) else samples)
 
 
+def features_of(cfg: DictConfig, what: str, content: str, num: int, take: Callable[[Indices], Tensor]) -> Vectors:
+    """The features of the first `num` of some samples, kept for the next command.
+
+    what: their name, for people. content: a hash of them. take: of indices, those samples.
+    """
+    network, size = feature_network(cfg), cfg.evaluation.batch_size
+    made = vectors.plan(cfg.outputs, num, network.num_features, size, samples=content, features=identity(network))
+
+    def draw(indices: Indices) -> Iterator[Tensor]:
+        return (features(cfg, take(chunk)) for chunk in chunks(indices, size))
+
+    return vectors.fill(made, draw, parts.device(cfg), f"{network.name} of {what}")
+
+
+def split_features(cfg: DictConfig, name: str) -> Vectors:
+    """The features of the first samples of a split, as many as are generated."""
+    split = parts.data_source(cfg).split(name)
+    return features_of(cfg, name, split.content_hash, cfg.evaluation.num_images, lambda indices: split.take(indices)[0])
+
+
 _SHARED: dict[str, Any] = {}
 
 
@@ -70,7 +92,7 @@ class Real(NamedTuple):
     """
 
     reference: Reference
-    features: Tensor | None
+    features: Vectors | Tensor | None
     floor: float | None
 
 
@@ -97,17 +119,17 @@ def real(cfg: DictConfig) -> Real:
     """See `reference`; statistics of a whole split are kept beside the other artifacts."""
     num, wanted = cfg.evaluation.num_images, cfg.evaluation.reference
     source, network = parts.data_source(cfg), feature_network(cfg)
-    images, found = source.split("reference"), None
+    images = source.split("reference")
+    found: Vectors | Tensor | None = None
     if wanted is None:
-        found = features(cfg, images.take(torch.arange(num))[0])
+        found = split_features(cfg, "reference")
         reference = Reference.of(found)
     elif wanted == "all":
         kept = real_statistics.cached(cfg.outputs, images, network, num if cfg.evaluation.metrics else 0, parts.device(cfg))
         found, reference = kept.features, Reference.given(*kept.statistics)
     else:
         reference = Reference.given(*statistics_in(Path(wanted), network))
-    other = source.split("floor")
-    floor = reference.distance(features(cfg, other.take(torch.arange(num))[0])) if len(other) >= num else None
+    floor = reference.distance(split_features(cfg, "floor")) if len(source.split("floor")) >= num else None
     return Real(reference, found, floor)
 
 
@@ -122,8 +144,8 @@ def statistics_in(path: Path, network: FeatureNetwork) -> real_statistics.Statis
 class TeacherSamples(NamedTuple):
     """The teacher's many-step samples of the held-out noise, with their features."""
 
-    x0: Tensor
-    features: Tensor
+    store: PairStore
+    features: Vectors
     reference: Reference
 
 
@@ -132,11 +154,11 @@ def teacher_samples(cfg: DictConfig) -> TeacherSamples:
 
     def make() -> TeacherSamples:
         store = pairs.ensure(cfg, "backward", cfg.evaluation.num_images, cfg.evaluation.seed)
-        x0 = store.stored(np.arange(len(store)))
-        found = features(cfg, x0)
-        return TeacherSamples(x0, found, Reference.of(found))
+        found = features_of(cfg, "the teacher's", key, len(store), store.stored)
+        return TeacherSamples(store, found, Reference.of(found))
 
-    return once(make, "teacher", teacher_samples_plan(cfg).key, identity(feature_network(cfg)))
+    key = teacher_samples_plan(cfg).key
+    return once(make, "teacher", key, identity(feature_network(cfg)))
 
 
 def teacher_distance(cfg: DictConfig) -> Linearised:

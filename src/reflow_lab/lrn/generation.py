@@ -42,6 +42,7 @@ class Shards:
     size: int
     shape: tuple[int, ...]
     dtype: str
+    unit: str = "pairs"  #: what they hold, for people
 
     def __len__(self) -> int:
         return -(-self.count // self.size)
@@ -92,14 +93,21 @@ class Shards:
             path.unlink(missing_ok=True)
 
 
-def fill(made: Artifact, draw: Draw, conditions: dict[str, Any], numbers: Sequence[int] | None = None) -> bool:
+def fill(
+    made: Artifact,
+    draw: Draw,
+    conditions: dict[str, Any],
+    numbers: Sequence[int] | None = None,
+    unit: str = "pairs",
+    what: str | None = None,
+) -> bool:
     """Draw what is missing of a store (or of its shards `numbers`), and finish it if all is there; whether it is.
 
-    Several processes may do this at once. Raises a `UserError` if the disk lacks room, or if the store was begun under other
-    conditions: the device type changes the bytes.
+    Several processes may do this at once. unit, what: what is drawn, for people. Raises a `UserError` if the disk lacks room, or
+    if the store was begun under other conditions: the device type changes the bytes.
     """
     recipe = made.recipe
-    shards = Shards(made.folder, recipe["count"], recipe["shard_size"], tuple(recipe["shape"]), recipe["dtype"])
+    shards = Shards(made.folder, recipe["count"], recipe["shard_size"], tuple(recipe["shape"]), recipe["dtype"], unit)
     with made.locked():
         if made.is_done():
             shards.clean()
@@ -108,13 +116,13 @@ def fill(made: Artifact, draw: Draw, conditions: dict[str, Any], numbers: Sequen
         made.begin()
         agreed = agree(made.folder, conditions)
     with threads(agreed["threads"]):
-        work(shards, draw, recipe["kind"], list(numbers if numbers is not None else range(len(shards))))
+        work(shards, draw, what or f"{recipe['kind']} {unit}", list(numbers if numbers is not None else range(len(shards))))
         while not shards.missing():
             with made.locked():
                 if made.is_done() or finished(made, shards, agreed):
                     shards.clean()
                     return True
-            work(shards, draw, recipe["kind"], shards.missing())
+            work(shards, draw, what or f"{recipe['kind']} {unit}", shards.missing())
     return False
 
 
@@ -171,16 +179,16 @@ def threads(number: int | None) -> Iterator[None]:
 def require_room(shards: Shards) -> None:
     """Raise a `UserError` that says how much is needed if the disk cannot hold the missing shards."""
     needed, free = shards.num_pairs(shards.missing()) * shards.bytes_per_pair, shutil.disk_usage(shards.folder).free
-    reason = f"{needed / 1e6:,.1f} MB are needed for the missing pairs, {free / 1e6:,.1f} MB are free on the disk"
-    require(needed <= free, "pairs", str(shards.folder), reason)
+    reason = f"{needed / 1e6:,.1f} MB are needed for the missing {shards.unit}, {free / 1e6:,.1f} MB are free on the disk"
+    require(needed <= free, shards.unit, str(shards.folder), reason)
 
 
-def work(shards: Shards, draw: Draw, kind: str, numbers: list[int]) -> None:
+def work(shards: Shards, draw: Draw, what: str, numbers: list[int]) -> None:
     """Take one free shard after another, each process from another end, until others hold what is left; then wait for them."""
     first = rank() * len(numbers) // world_size()
     pending = [n for n in numbers[first:] + numbers[:first] if not shards.is_there(n)]
     total = shards.num_pairs(numbers)
-    with Bar(f"{kind} pairs", total, "pairs", total - shards.num_pairs(pending)) as bar:
+    with Bar(what, total, shards.unit, total - shards.num_pairs(pending)) as bar:
         while pending:
             took = False
             for number in pending:
@@ -219,7 +227,7 @@ def write(shards: Shards, number: int, draw: Draw, bar: Bar) -> None:
         write_atomically(shards.mark(number), lambda p: p.write_text(checksum))
     except DiskFull as error:
         left = shards.num_pairs(shards.missing()) * shards.bytes_per_pair
-        raise UserError(f"{error}; {left / 1e6:,.1f} MB are needed for the missing pairs") from None
+        raise UserError(f"{error}; {left / 1e6:,.1f} MB are needed for the missing {shards.unit}") from None
 
 
 def encoded(shards: Shards, indices: Indices, draw: Draw) -> Iterator[Tensor]:
@@ -228,7 +236,7 @@ def encoded(shards: Shards, indices: Indices, draw: Draw) -> Iterator[Tensor]:
     for values in draw(indices):
         stored = encode(values, shards.dtype)
         if not (stored if stored.is_floating_point() else values).isfinite().all():
-            where = f"among pairs {indices[at]} to {indices[at] + len(values) - 1}"
+            where = f"among {shards.unit} {indices[at]} to {indices[at] + len(values) - 1}"
             raise UserError(f"{shards.folder}: NaN or infinite values {where}; no shard with them is written")
         at += len(values)
         yield stored.cpu()
