@@ -2,7 +2,6 @@
 
 import contextlib
 import difflib
-import functools
 import importlib
 import importlib.metadata
 import io
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from reflow_lab import jobs
 from reflow_lab.errors import UserError
 from reflow_lab.paths import conf_dir
 
@@ -94,7 +94,10 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, 2 after a user's mistake (one line on stderr), 130 after ctrl-C."""
+    """Run the command line and return its exit status: 0, 2 after a user's mistake (one line on stderr), 130 after ctrl-C.
+
+    A sweep of which jobs failed returns 1, or 2 where all were the user's mistakes.
+    """
     args = sys.argv[1:] if argv is None else list(argv)
     try:
         _dispatch(args)
@@ -109,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if os.environ.get("REFLOW_LAB_DEBUG") == "1":
             traceback.print_exc()
-        return _complain(line, 2)
+        return _complain(line, getattr(error, "status", 2))
     return 0
 
 
@@ -155,20 +158,18 @@ def run_hydra(name: str, args: Sequence[str]) -> None:
     import hydra
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors instead of printing them, so that `main` can word them
-    _quiet_user_errors()
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)  # a user's `_target_: my_module.MySolver`; last, so that nothing installed is shadowed
-    jobs: list[tuple[list[str], Any]] = []
     before, finish = sys.argv, VERBS[name].finish
     command = [before[0], name, *args]
     sys.argv = [before[0], *(["--multirun"] if finish and _sweeps(args) else []), *_options_first(args)]
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(_task(name, command, jobs))()
+        with jobs.collected() as ran:
+            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=name)(_task(name, command))()
     finally:
         sys.argv = before
-    if finish and len(jobs) > 1:
-        load(finish)(jobs)
+    done = [(job.words, job.result) for job in ran if job.error is None]
+    if finish and len(done) > 1:
+        load(finish)(done)
+    jobs.require_finished(ran)
 
 
 def _sweeps(args: Sequence[str]) -> bool:
@@ -183,18 +184,22 @@ def _sweeps(args: Sequence[str]) -> bool:
     return False
 
 
-def _task(name: str, command: list[str], jobs: list[tuple[list[str], Any]]) -> Callable[[Any], Any]:
-    """The verb as Hydra calls it; `jobs` takes the words and the result of each that runs in this process."""
+def _task(name: str, command: list[str]) -> Callable[[Any], Any]:
+    """The verb as Hydra calls it, perhaps in another process of some launcher."""
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
 
     def task(cfg: Any) -> Any:
         sys.argv = command  # Lightning starts the other processes of a run by repeating sys.argv: the verb must be in it
+        here = str(Path.cwd())
+        if here not in sys.path:
+            sys.path.append(here)  # a user's `_target_: my_module.MySolver`; last, so that nothing installed is shadowed
         try:
-            result = VERBS[name].load()(cfg)
-            jobs.append((list(HydraConfig.get().overrides.task), result))
-            return result
+            return VERBS[name].load()(cfg)
         except Exception as error:  # worded here: a launcher may carry it from another process, without its cause
             line = _explain(error, command[1:])
+            if line is None and HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise jobs.crashed(error) from error
             if line is None or isinstance(error, UserError):
                 raise
             raise UserError(line) from error
@@ -214,21 +219,6 @@ def _options_first(args: Sequence[str]) -> list[str]:
     parser.error = _refuse  # type: ignore[method-assign]
     overrides = parser.parse_intermixed_args(args).overrides
     return [word for word in args if word not in overrides] + overrides
-
-
-@functools.cache
-def _quiet_user_errors() -> None:
-    """Hydra prints a line of its own before it raises a job's error; a user error says all in its one line."""
-    from hydra.core.utils import JobReturn
-
-    hydras: Any = JobReturn.return_value
-
-    def value(job: Any) -> Any:
-        if isinstance(job._return_value, UserError):
-            raise job._return_value
-        return hydras.fget(job)
-
-    JobReturn.return_value = property(value, hydras.fset)  # type: ignore[method-assign, assignment]
 
 
 def _complete(args: list[str]) -> None:

@@ -4,6 +4,14 @@
 class UserError(Exception):
     """A mistake in a command, a configuration or a file: the command line prints it without a traceback, status 2."""
 
+    status = 2
+
+
+class JobsFailed(UserError):
+    """Some jobs of a study or a sweep could not be done; what the others made stays. Status 1."""
+
+    status = 1
+
 
 def bad_value(key: str, value: object, allowed: str) -> UserError:
     """An error that names the key, the bad value and what is allowed."""
