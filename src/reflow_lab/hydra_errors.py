@@ -71,11 +71,15 @@ def _raised_by_hydra(error: BaseException) -> bool:
 
 # Composition
 
+LAUNCHERS = ("joblib", "submitit", "ray")  #: those that are extras of the package
+
 
 def _missing_member(error: MissingConfigException) -> str:
     if error.options is None:
         return _first_line(error)
     group, _, member = (error.missing_cfg_file or "").rpartition("/")
+    if group == "hydra/launcher" and (extra := member.partition("_")[0]) in LAUNCHERS:
+        return f"launcher={member}: not installed; pip install reflow_lab[{extra}]"
     near = difflib.get_close_matches(member, error.options, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     return f"{group}={member}: no such member; {hint}available: {', '.join(error.options)}"
