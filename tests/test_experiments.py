@@ -14,7 +14,7 @@ from reflow_lab import parts
 from reflow_lab.evaluation import evaluate
 from reflow_lab.lrn import pairs
 from reflow_lab.paths import conf_dir, experiments_dirs
-from reflow_lab.studies import study
+from reflow_lab.studies import description, study
 from reflow_lab.training import train
 
 (STUDIES,) = [folder for folder in experiments_dirs() if folder.parent == conf_dir().parent]
@@ -58,7 +58,7 @@ def needed(toy, tmp_path_factory):
 
 def test_the_search_found_the_files():
     assert {"quickstart", "simple_reflow/coupling", "simple_reflow/rectifications", "simple_reflow/own_loss"} <= set(NAMES)
-    assert all(study.find(name) == STUDIES / f"{name}.yaml" for name in NAMES)
+    assert all(description.find(name) == STUDIES / f"{name}.yaml" for name in NAMES)
     assert {"quickstart", "toy", "custom", *FOREIGN} <= set(EXPERIMENTS)
     assert {"mini", "h100_30min", "paper"} <= set(SCALES)
 
@@ -66,9 +66,9 @@ def test_the_search_found_the_files():
 @functools.cache
 def planned(name, *given):
     """All rows of a study, composed once for all tests, which run inside `hydra`; on data that are at hand."""
-    described = study.read(STUDIES / f"{name}.yaml")
+    described = description.read(STUDIES / f"{name}.yaml")
     at_hand = ["experiment=quickstart"] if described.overrides[0].removeprefix("experiment=") in FOREIGN else []
-    return described, study.plan(described, [0], [*at_hand, *given])
+    return described, study.plan(described, [row.name for row in described.rows], [0], [*at_hand, *given])
 
 
 @pytest.mark.parametrize("scale", SMALL, ids=lambda scale: "".join(scale) or "scale of the study")

@@ -13,7 +13,7 @@ from PIL import Image
 
 from reflow_lab import cli
 from reflow_lab.networks import files
-from reflow_lab.studies.study import find
+from reflow_lab.studies.description import find
 
 ROWS = ["native sampler", "INF alone", "INF searched", "+LRN", "+DYN"]
 SMALL = [

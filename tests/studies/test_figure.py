@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from reflow_lab.studies.description import Row, Study
 from reflow_lab.studies.figure import NUM_COLUMNS, draw_samples
-from reflow_lab.studies.study import Row, Study
 
 STUDY = Study("t", (), (1, 2, 4), (Row("base flow", ()), Row("BSL", ())))
 

@@ -1,5 +1,6 @@
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ from reflow_lab import cli
 from reflow_lab.errors import UserError
 from reflow_lab.evaluation import evaluate
 from reflow_lab.networks import files
-from reflow_lab.studies.study import Row, Study, chosen, find, key, merged, read
-from reflow_lab.studies.table import COLUMNS
+from reflow_lab.studies import study as verb
+from reflow_lab.studies.description import Row, Study, chosen, find, read
+from reflow_lab.studies.results import COLUMNS
+from reflow_lab.studies.study import key, merged, needed
 from reflow_lab.training import train
 
 ROWS = [
@@ -49,7 +52,7 @@ def run(toy, work, capsys):
 
 
 def cells(folder="outputs/ladder"):
-    return json.loads((Path(folder) / "table.json").read_text())
+    return json.loads((Path(folder) / "table.json").read_text())["cells"]
 
 
 def stores(outputs):
@@ -99,9 +102,9 @@ def test_a_row_that_does_not_train_is_its_start(toy, run, work):
 
 def test_rows_win_over_the_command_line_and_it_over_the_study(run, work, monkeypatch):
     seen = []
-    monkeypatch.setattr("reflow_lab.studies.study.run", lambda planned, runs: seen.append(planned) or [])
-    monkeypatch.setattr("reflow_lab.studies.table.write", lambda *_: "")
-    monkeypatch.setattr("reflow_lab.studies.study.draw_samples", lambda *_: None)
+    monkeypatch.setattr(verb, "trained", lambda planned, runs: seen.append(planned))
+    monkeypatch.setattr(verb, "measured", lambda planned, runs: [])
+    monkeypatch.setattr(verb, "write", lambda *_: None)
     write(work, overrides=["training.total_kimg=2", "dyn/weight=edm", "training.lr=1e-5", "scale=mini"])
     run("training.total_kimg=3", "dyn/weight=velocity", "scale=demo", "net=mlp", "seed=4")
     base, other = (planned.configs[0] for planned in seen[:2])
@@ -109,6 +112,51 @@ def test_rows_win_over_the_command_line_and_it_over_the_study(run, work, monkeyp
     assert other.dyn.weight.power == 2 and other.training.lr == 1e-5
     assert other.seed == 4 and other.name == "BSL seed 4"
     assert [cfg.nfe for cfg in seen[0].configs] == [1, 3]
+
+
+def test_a_failing_row_stops_no_other_and_is_named_at_the_end(toy, run, work):
+    """Status 1; the table has the others."""
+    write(work, overrides=SHORT, rows=[*ROWS[:2], {"name": "wild", "overrides": ["training.lr=1e9"], "against": "BSL"}, ROWS[2]])
+    status, _, errors = run("seeds=2", "out=here")
+    assert status == 1 and {cell["name"] for cell in cells("here")} == {"base flow", "BSL", "+time"}
+    (line,) = errors
+    assert line.startswith("reflow-lab: 2 of 8 runs failed, and their rows are not in the table: wild seed 0: loss=")
+    assert "wild seed 1" in line and "wild" not in Path("here/table.md").read_text()
+
+
+def test_a_row_may_be_guided_by_an_earlier_one(toy, run, work):
+    """Away from its run of the same seed; at weight 0 that is no guidance, beside that it is."""
+    led = ["inf/guidance=auto", "inf.guidance.weight="]
+    rows = [{"name": "weak", "overrides": ["training.total_kimg=1"]}, {"name": "none", "overrides": []}]
+    rows += [{"name": f"w {w}", "overrides": [led[0], led[1] + w], "guide": "weak", "against": "none"} for w in ("0", "2")]
+    write(work, overrides=SHORT, rows=rows, nfe=[4])
+    assert run("out=here")[0] == 0
+    weak, none, zero, two = cells("here")
+    assert none["fd_points"] == zero["fd_points"] != two["fd_points"]
+    assert two["network_calls"] == 8 and none["network_calls"] == 4
+    assert files.weights_hash(files.find(weak["run"])) in str(two["protocol"]["guidance"])
+
+
+def test_the_papers_numbers_stand_beside_those_measured(toy, run, work):
+    """By data set; n/a where they are unknown."""
+    known = {"two_moons": {"value": 4.27, "source": "art"}, "cifar10": {"value": 1.0, "source": "abs"}}
+    write(work, overrides=SHORT, rows=[{**ROWS[0], "paper": known}, ROWS[1]], paper="FID at 9 NFE")
+    run("out=here")
+    table = Path("here/table.md").read_text()
+    rows = re.search(r"## fd_points: .*?\n\n(.*?)\n\n", table, re.S)[1].splitlines()
+    assert rows[0] == "| | 1 NFE | 3 NFE | the paper: FID at 9 NFE |"
+    assert rows[2].endswith("| 4.27 [art] |") and rows[3].endswith("| n/a |")
+    assert "4.27 [art]" in Path("here/table.tex").read_text() and "1.0 [abs]" not in table
+
+
+def test_each_rows_command_makes_that_row(toy, run, work):
+    write(work, overrides=SHORT)
+    run("out=here", "seed=3")
+    found = json.loads(Path("here/table.json").read_text())
+    words = shlex.split(found["rows"][2]["command"])
+    assert words[:3] == ["reflow-lab", "study", "study=ladder"] and 'rows=["+time"]' in words and "seed=3" in words
+    assert cli.main([*words[1:], "out=alone", f"outputs={toy.outputs}"]) == 0
+    assert cells("alone") == [cell for cell in cells("here") if cell["name"] == "+time"]
 
 
 AGAIN = [
@@ -160,6 +208,7 @@ def test_a_row_that_its_teachers_network_does_not_fit_is_found_before_any_traini
 
 
 LADDER = Study("a", (), (1,), (Row("base", ()), Row("BSL", (), "base"), Row("+DYN", (), "BSL"), Row("again", (), "BSL", "BSL")))
+LED = Study("a", (), (1,), (*LADDER.rows, Row("more", (), teacher="again"), Row("led", (), teacher="BSL", guide="+DYN")))
 
 
 def test_some_rows_of_a_study_keep_its_order_and_their_effects_where_these_can_be_told():
@@ -167,9 +216,12 @@ def test_some_rows_of_a_study_keep_its_order_and_their_effects_where_these_can_b
     assert chosen(LADDER, ["+DYN", "BSL"]).rows == (Row("BSL", ()), Row("+DYN", (), "BSL"))
 
 
-@pytest.mark.parametrize(
-    ("names", "said"), [(["BSL", "INF"], "must be some of base, BSL"), ([], "must be some"), (["again"], "again needs the row")]
-)
+def test_what_a_row_needs_is_made_without_being_shown():
+    assert chosen(LADDER, ["again"]).rows == (Row("again", (), None, "BSL"),)
+    assert needed(LED, ["more"]) == ["BSL", "again", "more"] and needed(LED, ["led"]) == ["BSL", "+DYN", "led"]
+
+
+@pytest.mark.parametrize(("names", "said"), [(["BSL", "INF"], "must be some of base, BSL"), ([], "must be some")])
 def test_rows_that_are_not_there_are_one_line(names, said):
     with pytest.raises(UserError, match="rows=.*" + re.escape(said)):
         chosen(LADDER, names)

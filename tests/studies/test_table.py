@@ -6,12 +6,17 @@ import pytest
 import torch
 
 from reflow_lab.evaluation.intervals import Z95
-from reflow_lab.studies.study import Row, Study
-from reflow_lab.studies.table import COLUMNS, effect, effects, estimate, markdown, write
+from reflow_lab.studies import results, table
+from reflow_lab.studies.description import Row, Study
+from reflow_lab.studies.results import COLUMNS, build, effect, estimate
 
 STUDY = Study("A title", (), (1, 9), (Row("base", ("a=1",)), Row("better", ("a=2",), "base")))
 VALUES = {("base", 0): 30.0, ("base", 1): 34.0, ("base", 2): 26.0, ("better", 0): 21.0, ("better", 1): 23.0, ("better", 2): 19.0}
 METRICS = ("fd_lite0", "fd_lite0_added", "fd_lite0_teacher", "paired_rmse")  # as JSON sorts them
+
+
+def markdown(study, cells):
+    return table.markdown(build(study, cells, "here", []))
 
 
 def vector(*key):
@@ -133,7 +138,7 @@ def test_without_a_teacher_the_distance_to_the_data_is_first(tmp_path):
 
 def test_no_effects_no_section(one):
     alone = Study("t", (), (1, 9), (Row("base", ()), Row("better", ())))
-    assert "Effect" not in markdown(alone, one) and len(effects(alone, one, "fd_lite0")) == 2
+    assert "Effect" not in markdown(alone, one) and build(alone, one, "here", [])["effects"] == []
 
 
 def test_an_adaptive_solvers_cells_are_found_by_what_was_asked_for(one):
@@ -143,9 +148,10 @@ def test_an_adaptive_solvers_cells_are_found_by_what_was_asked_for(one):
 
 
 def test_files(tmp_path, one):
-    text = write(tmp_path, STUDY, one)
+    results.write(tmp_path, result := build(STUDY, one, "here", []))
+    text = table.write(tmp_path, result)
     assert (tmp_path / "table.md").read_text() == text
-    rows = json.loads((tmp_path / "table.json").read_text())
+    rows = json.loads((tmp_path / "table.json").read_text())["cells"]
     promised = {
         "name",
         "overrides",

@@ -129,7 +129,7 @@ def calls(jobs: Sequence[Job], made: Layout) -> list[str]:
 
 
 def plot(jobs: Sequence[Job], made: Layout, kind: str, path: Path) -> None:
-    """The primary distance along the columns, one line a row, with intervals; logarithmic where values span a decade."""
+    """The primary distance along the columns, one line a row, with intervals; logarithmic over a wide range."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -145,7 +145,7 @@ def plot(jobs: Sequence[Job], made: Layout, kind: str, path: Path) -> None:
         axes.errorbar(x, [v.value for v in y], errors, marker="o", markersize=3, label=label)
     axes.set(xlabel="calls of the velocity a sample (NFE)" if made.columns == "nfe" else made.columns, ylabel=name)
     shown = [job.metrics[name] for job in jobs]
-    if min(shown) > 0 and max(shown) > 10 * min(shown):
+    if min(shown) > 0 and max(shown) > 4 * min(shown):
         axes.set_yscale("log")
     if made.columns == "nfe":
         axes.set_xscale("log")

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..artifacts import write_atomically
-from .table import of
+from .results import of
 
 if TYPE_CHECKING:
-    from .study import Study
+    from .description import Study
 
 NUM_COLUMNS = 8  #: images a row and number of steps
 

@@ -1,53 +1,32 @@
-"""The verb `study`: every row of a table trained and evaluated, what is shared made once, the table at the end."""
+"""The verb `study`: every row of a table trained and evaluated, what is shared made once, the table at the end.
+
+A study is a sweep (src/hydra_plugins/reflow_lab_study_sweeper.py): a job for each row and training seed, handed to whichever
+Hydra launcher is chosen. Jobs that need the same run or pairs wait for whichever makes them; a job that fails stops no other.
+"""
 
 import copy
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import hydra
-import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from torch import nn
 
 from .. import parts
-from ..errors import UserError, require
+from ..errors import JobsFailed, UserError, require
 from ..evaluation import evaluate, targets
 from ..networks import files
-from ..paths import experiments_dirs
 from ..training import train
-from . import table
+from . import results, table
+from .description import LINKS, Row, Study, chosen, load
 from .figure import draw_samples
 
-OWN_KEYS = ("study", "rows", "seeds", "out", "seed")  #: said of the study, not of its rows
+OWN_KEYS = ("study", "rows", "seeds", "out", "seed", "job")  #: said of the study, not of its rows
+OWN_GROUPS = ("hydra", "launcher")  #: likewise, with all below them
 SHARED_KEYS = ("data", "teacher", "evaluation", "precision")  #: without which numbers of two rows do not compare
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row: a name, the overrides that make it, the row against which its effect is measured.
-
-    `teacher` names an earlier row, whose run (of the same seed) makes this one's pairs and starts it: k-fold ReFlow. Without it
-    the study's teacher does. All rows are measured against the study's teacher.
-    """
-
-    name: str
-    overrides: tuple[str, ...]
-    against: str | None = None
-    teacher: str | None = None
-
-
-@dataclass(frozen=True)
-class Study:
-    """A study file: rows that share overrides and are measured at the same numbers of steps."""
-
-    title: str
-    overrides: tuple[str, ...]
-    nfe: tuple[int, ...]
-    rows: tuple[Row, ...]
 
 
 class Planned(NamedTuple):
@@ -59,70 +38,13 @@ class Planned(NamedTuple):
     configs: tuple[DictConfig, ...]
 
 
-def find(name: str) -> Path:
-    """The file of a study, in ./experiments or among those that ship."""
-    folders = experiments_dirs()
-    for folder in folders:
-        if (path := folder / f"{name}.yaml").is_file():
-            return path
-    known = sorted({str(p.relative_to(folder).with_suffix("")) for folder in folders for p in folder.rglob("*.yaml")})
-    raise UserError(f"study={name}: no such study; there are {', '.join(known)}")
+class Outcome(NamedTuple):
+    """How a job ended: its cells, or why there are none."""
 
-
-def read(path: Path) -> Study:
-    """Read a study file; raises a `UserError` that names the file and what is wrong with it."""
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, OSError, ValueError) as error:
-        raise UserError(f"{path}: not a study: {' '.join(str(error).split())}") from None
-    _keys(path, "the file", raw, {"title", "overrides", "nfe", "rows"})
-    _list(path, "rows", raw["rows"], dict)
-    for row in raw["rows"]:
-        _keys(path, "a row", row, {"name", "overrides"}, ("against", "teacher"))
-    rows = tuple(_row(path, row) for row in raw["rows"])
-    nfe = _list(path, "nfe", raw["nfe"], int)
-    require(min(nfe, default=0) >= 1, f"{path}: nfe", list(nfe), "must be numbers of at least 1")
-    require(bool(rows), f"{path}: rows", [], "must be at least one")
-    _names(path, [row.name for row in rows], rows)
-    return Study(str(raw["title"]), _list(path, "overrides", raw["overrides"], str), nfe, rows)
-
-
-def _row(path: Path, raw: dict[str, Any]) -> Row:
-    return Row(str(raw["name"]), _list(path, "overrides", raw["overrides"], str), raw.get("against"), raw.get("teacher"))
-
-
-def _keys(path: Path, what: str, node: object, needed: set[str], optional: Iterable[str] = ()) -> None:
-    given = set(node) if isinstance(node, dict) else set()
-    fits = needed <= given <= needed.union(optional)
-    listed = ", ".join(sorted(needed)) + "".join(f", maybe {key}" for key in optional)
-    if not fits:
-        raise UserError(f"{path}: not a study: {what} has the keys {sorted(map(str, given))}; it wants {listed}")
-
-
-def _list(path: Path, key: str, value: Any, kind: type) -> tuple[Any, ...]:
-    if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
-        raise UserError(f"{path}: not a study: {key}={value}: must be a list of {kind.__name__}")
-    return tuple(value)
-
-
-def _names(path: Path, names: list[str], rows: Sequence[Row]) -> None:
-    require(len(set(names)) == len(names), f"{path}: rows", names, "names must differ")
-    for number, row in enumerate(rows):
-        others, earlier = [name for name in names if name != row.name], names[:number]
-        require(row.against in (None, *others), f"{path}: {row.name}.against", row.against, f"must be one of {', '.join(others)}")
-        allowed = f"must be one of the rows before it: {', '.join(earlier) or 'there are none'}"
-        require(row.teacher in (None, *earlier), f"{path}: {row.name}.teacher", row.teacher, allowed)
-
-
-def chosen(study: Study, names: Sequence[str] | None) -> Study:
-    """The study with these of its rows, in its own order; an effect is left out where the row it is measured against is."""
-    known = [row.name for row in study.rows]
-    wanted = known if names is None else [names] if isinstance(names, str) else list(map(str, names))
-    require(bool(wanted) and set(wanted) <= set(known), "rows", wanted, f"must be some of {', '.join(known)}")
-    rows = tuple(row if row.against in wanted else replace(row, against=None) for row in study.rows if row.name in wanted)
-    for row in rows:
-        require(row.teacher in (None, *wanted), "rows", wanted, f"{row.name} needs the row that teaches it, {row.teacher}")
-    return replace(study, rows=rows)
+    row: str
+    seed: int
+    cells: list[dict[str, Any]]
+    error: str | None
 
 
 def merged(*groups: Sequence[str]) -> list[str]:
@@ -136,19 +58,21 @@ def key(override: str) -> str:
     return override.lstrip("+~").split("=")[0]
 
 
-def own_overrides() -> list[str]:
+def own_overrides(given: Sequence[str]) -> list[str]:
     """What the command line says of all rows."""
-    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     for override in given:
         if key(override) == "nfe":
             raise UserError(f"{override}: a study measures at the numbers of steps that its file lists")
-    return [override for override in given if key(override) not in OWN_KEYS]
+    about = [(override, key(override)) for override in given]
+    return [override for override, k in about if k not in OWN_KEYS and k.replace("/", ".").split(".")[0] not in OWN_GROUPS]
 
 
-def compose(study: Study, row: Row, seed: int, given: list[str]) -> Planned:
+def compose(study: Study, row: Row, seed: int, given: Sequence[str]) -> Planned:
     """The configurations of a row with one training seed; those that measure it are checked."""
     composed = hydra.compose("train", [*merged(study.overrides, given, row.overrides), f"seed={seed}"])
     composed.name = f"{row.name} seed {seed}"
+    if "group" in composed.logger and composed.logger.group is None:
+        composed.logger.group = study.name
     training, *configs = (copy.deepcopy(composed) for _ in (None, *study.nfe))
     for cfg, nfe in zip(configs, study.nfe, strict=True):
         cfg.nfe = nfe
@@ -162,16 +86,13 @@ def compose(study: Study, row: Row, seed: int, given: list[str]) -> Planned:
 
 def depth(study: Study, row: Row) -> int:
     """How many rows of the study have taught this one, one after the other: its pairs take noise that none of them has seen."""
-    teachers = {other.name: other.teacher for other in study.rows}
-    number, name = 0, row.teacher
-    while name is not None:
-        number, name = number + 1, teachers[name]
-    return number
+    return 0 if row.teacher is None else 1 + depth(study, study.row(row.teacher))
 
 
-def plan(study: Study, seeds: Iterable[int], given: list[str]) -> list[Planned]:
-    """All rows with all training seeds, checked; nothing is trained yet."""
-    planned = {(row.name, seed): compose(study, row, seed, given) for row in study.rows for seed in seeds}
+def plan(study: Study, names: Iterable[str], seeds: Iterable[int], given: Sequence[str]) -> list[Planned]:
+    """These rows with all training seeds, checked together with the rows that they need; nothing is trained yet."""
+    seeds, wanted = list(seeds), needed(study, names)
+    planned = {(name, seed): compose(study, study.row(name), seed, given) for name in wanted for seed in seeds}
     for found in planned.values():
         if found.row.teacher is None:
             train.plan(found.training)
@@ -180,10 +101,29 @@ def plan(study: Study, seeds: Iterable[int], given: list[str]) -> list[Planned]:
     return list(planned.values())
 
 
+def needed(study: Study, names: Iterable[str]) -> list[str]:
+    """These rows and those whose runs they use, in the study's order."""
+    found: set[str] = set()
+    pending = list(names)
+    while pending:
+        found.add(name := pending.pop())
+        links = (getattr(study.row(name), link) for link in LINKS)
+        pending += [other for other in links if other is not None and other not in found]
+    return [row.name for row in study.rows if row.name in found]
+
+
 def taught(cfg: DictConfig, teacher: Path) -> DictConfig:
     """The configuration with another teacher."""
     changed = copy.deepcopy(cfg)
     changed.teacher.path, changed.teacher.profile = str(teacher), None
+    return changed
+
+
+def guided(cfg: DictConfig, weaker: Path) -> DictConfig:
+    """The configuration guided away from a weaker velocity."""
+    changed = copy.deepcopy(cfg)
+    require("path" in changed.inf.guidance, "inf/guidance", changed.inf.guidance.get("_target_"), "a row with a guide wants auto")
+    changed.inf.guidance.path = str(weaker)
     return changed
 
 
@@ -218,33 +158,86 @@ def measured_by(cfg: DictConfig) -> dict[str, Any]:
     return shared if cfg.teacher.path is None else shared | {"teacher's samples": targets.teacher_samples_plan(cfg).key}
 
 
-def study(cfg: DictConfig) -> list[dict[str, Any]]:
-    """Run what is missing, then write table.json, table.md and samples.png into `out`; returns the cells of the table."""
+class Job(NamedTuple):
+    """A row, by its number in the study's file and by name, with a training seed."""
+
+    number: int
+    row: str
+    seed: int
+
+
+def jobs(cfg: DictConfig, given: Sequence[str]) -> list[Job]:
+    """The rows and seeds that a study runs, all of them checked; nothing is made yet."""
     require(isinstance(cfg.seeds, int) and cfg.seeds >= 1, "seeds", cfg.seeds, "must be a whole number of at least 1")
-    described, given = chosen(read(find(cfg.study)), cfg.rows), own_overrides()
-    seeds = range(cfg.seed, cfg.seed + cfg.seeds)
-    plans = plan(described, seeds, given)
-    require_comparable(plans)
+    described = load(cfg.study)
+    shown, seeds = [row.name for row in chosen(described, cfg.rows).rows], range(cfg.seed, cfg.seed + cfg.seeds)
+    require_comparable(plan(described, shown, seeds, own_overrides(given)))
+    found = [Job(n, row.name, seed) for n, row in enumerate(described.rows) if row.name in shown for seed in seeds]
     steps = len(described.nfe)
-    print(f"{described.title}: {len(plans)} runs, each measured at {steps} step counts; what is finished is read back")
-    runs: dict[tuple[str, int], Path] = {}
-    cells = [cell for planned in plans for cell in run(planned, runs)]
-    out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
-    print(table.write(out, described, cells))
-    draw_samples(out / "samples.png", described, [cell for cell in cells if cell["seed"] == seeds[0]])
-    print(f"written: {out}/table.md, table.json, samples.png")
-    return cells
+    print(f"{described.title}: {len(found)} runs, each measured at {steps} step counts; what is finished is read back")
+    return found
 
 
-def run(planned: Planned, runs: dict[tuple[str, int], Path]) -> list[dict[str, Any]]:
-    """Train a row and measure it at every number of steps; `runs` holds the folder of each row and seed that is done."""
+def study(cfg: DictConfig) -> list[dict[str, Any]]:
+    """One job of a study: train a row with one seed, and measure it; returns its cells, one a number of steps."""
+    number, seed = cfg.job
+    described = load(cfg.study)
+    plans = plan(described, [described.rows[number].name], [seed], own_overrides(HydraConfig.get().overrides.task))
+    runs: dict[str, Path] = {}
+    for planned in plans:
+        runs[planned.row.name] = trained(planned, runs)
+    return measured(plans[-1], runs)
+
+
+def trained(planned: Planned, runs: dict[str, Path]) -> Path:
+    """The run of a row, trained if it is not there."""
+    teacher = planned.row.teacher
+    return train.train(planned.training if teacher is None else taught(planned.training, runs[teacher]))
+
+
+def measured(planned: Planned, runs: dict[str, Path]) -> list[dict[str, Any]]:
+    """The cells of a row whose run is there."""
     row, seed, training, configs = planned
-    folder = train.train(training if row.teacher is None else taught(training, runs[row.teacher, seed]))
-    runs[row.name, seed] = folder
+    folder = runs[row.name]
     found = parts.described(files.find(folder), parts.data_source(training), "run")
     about = {"name": row.name, "overrides": list(row.overrides), "teacher": row.teacher, "seed": seed, "run": str(folder)}
-    settled, cost = [evaluate.settled(cfg, found) for cfg in configs], train.cost(folder)
+    led = configs if row.guide is None else [guided(cfg, runs[row.guide]) for cfg in configs]
+    settled, cost = [evaluate.settled(cfg, found) for cfg in led], train.cost(folder)
     cells = [evaluate.measured(cfg, found) for cfg in settled]
     words = [evaluate.sampler_words(cfg, cell) for cfg, cell in zip(settled, cells, strict=True)]
     return [{**about, "training": cost, "sampler": word, **cell} for word, cell in zip(words, cells, strict=True)]
+
+
+def finish(cfg: DictConfig, given: Sequence[str], outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """Write the table of the rows whose seeds are all done, with everything beside it; returns its cells.
+
+    Raises `JobsFailed`, which names the rows that are missing, if there are some.
+    """
+    failed = [outcome for outcome in outcomes if outcome.error is not None]
+    lost = {outcome.row for outcome in failed}
+    names = [name for name in dict.fromkeys(outcome.row for outcome in outcomes) if name not in lost]
+    cells = [cell for outcome in outcomes if outcome.row in names for cell in outcome.cells]
+    if names:
+        write(cfg, given, chosen(load(cfg.study), names), cells)
+    if failed:
+        said = "; ".join(f"{outcome.row} seed {outcome.seed}: {outcome.error}" for outcome in failed)
+        raise JobsFailed(f"{len(failed)} of {len(outcomes)} runs failed, and their rows are not in the table: {said}")
+    return cells
+
+
+def write(cfg: DictConfig, given: Sequence[str], shown: Study, cells: Sequence[dict[str, Any]]) -> None:
+    """table.json, table.md, table.tex and samples.png in `out`."""
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    result = results.build(shown, cells, data_set(shown, own_overrides(given)), given)
+    results.write(out, result)
+    text = table.write(out, result)
+    draw_samples(out / "samples.png", shown, [cell for cell in cells if cell["seed"] == cfg.seed])
+    print(text)
+    print(f"written: {out}/table.md, table.tex, table.json, samples.png")
+
+
+def data_set(study: Study, given: Sequence[str]) -> str:
+    """The data set's name, as the group `data` has it."""
+    words = merged(study.overrides, given, study.rows[0].overrides)
+    return str(hydra.compose("train", words, return_hydra_config=True).hydra.runtime.choices.data)
