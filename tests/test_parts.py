@@ -31,8 +31,9 @@ def changed(cfg, key, value):
     ("key", "value", "allowed"),
     [
         ("trainer.accelerator", "tpu", "allowed: auto, cpu, gpu"),
-        ("trainer.devices", 2, "must be 1: several devices are not in yet"),
-        ("trainer.devices", "all", "must be 1"),
+        ("trainer.devices", 0, "must be a whole number of at least 1, or auto"),
+        ("trainer.devices", "all", "must be a whole number of at least 1, or auto"),
+        ("trainer.num_nodes", 0, "must be a whole number of at least 1"),
         ("trainer.checkpoint_every_s", -1, "must be a number of at least 0"),
         ("trainer.checkpoint_every_s", "often", "must be a number of at least 0"),
         ("training.batch_size", True, "must be a whole number of at least 1"),

@@ -13,6 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from . import parallel
 from .data.sources import DataSource
 from .errors import UserError, bad_value, require
 from .inf import guidance as guiding
@@ -126,12 +127,43 @@ def check_paths(cfg: DictConfig) -> None:
 
 
 def check_machine(cfg: DictConfig) -> None:
-    """Raise a `UserError` for a device that is not there, or several."""
+    """Raise a `UserError` for devices that are not there."""
     name = cfg.trainer.accelerator
     require(name in ACCELERATORS, "trainer.accelerator", name, f"allowed: {', '.join(ACCELERATORS)}")
     there = name != "gpu" or torch.cuda.is_available()
     require(there, "trainer.accelerator", name, "no CUDA device here; allowed: auto, cpu")
-    require(cfg.trainer.devices == 1, "trainer.devices", cfg.trainer.devices, "must be 1: several devices are not in yet")
+    require_whole("trainer.num_nodes", cfg.trainer.num_nodes, 1)
+    devices = cfg.trainer.devices
+    if devices == "auto":
+        return
+    whole = isinstance(devices, int) and not isinstance(devices, bool) and devices >= 1
+    require(whole, "trainer.devices", devices, "must be a whole number of at least 1, or auto")
+    visible = torch.cuda.device_count() if device(cfg).type == "cuda" else devices
+    require(devices <= visible, "trainer.devices", devices, f"this process sees {visible} GPUs")
+
+
+def num_devices(cfg: DictConfig) -> int:
+    """Processes of a training on each machine, one a device; auto: those that were started, or else one for each GPU here."""
+    if cfg.trainer.devices != "auto":
+        return int(cfg.trainer.devices)
+    if parallel.world_size() > 1:
+        return max(1, parallel.world_size() // cfg.trainer.num_nodes)
+    return torch.cuda.device_count() if device(cfg).type == "cuda" else 1
+
+
+def num_processes(cfg: DictConfig) -> int:
+    """Processes that train a run together. Raises a `UserError` if they cannot share a batch, or if others were started."""
+    num, nodes, batch_size = num_devices(cfg) * cfg.trainer.num_nodes, cfg.trainer.num_nodes, cfg.training.batch_size
+    devices = (
+        f"trainer.devices={cfg.trainer.devices} on {nodes} machines" if nodes > 1 else f"trainer.devices={cfg.trainer.devices}"
+    )
+    allowed = f"is the batch of all {num} processes together ({devices}) and must be a multiple of that number"
+    require(batch_size % num == 0, "training.batch_size", batch_size, allowed)
+    begun = parallel.world_size()
+    require(nodes == 1 or begun > 1, "trainer.num_nodes", nodes, "several machines need srun or torchrun to start the processes")
+    allowed = f"makes {num} processes with trainer.num_nodes={nodes}, but {begun} were started together"
+    require(num == 1 or begun in (1, num), "trainer.devices", cfg.trainer.devices, allowed)
+    return num
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ same batches. `Mixture` is what a configuration names; opened on its sources it 
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -43,7 +44,7 @@ class Coupling(Protocol):
     """Draws of (x0, x1, label), a pure function of the step."""
 
     def batch(self, step: int) -> Batch:
-        """The global batch of a training step."""
+        """The batch of a training step: of several processes that train together, this one's rows of the global batch."""
         ...
 
 
@@ -116,7 +117,8 @@ class MinibatchOTPairs(IndependentPairs):
 class Draws:
     """A coupling that visits rows [first, first + size) of its pairs in fresh random orders, `batch_size` a step.
 
-    `position` is the global number of its first sample, by which fresh noise is keyed.
+    `position` is the global number of its first sample, by which fresh noise is keyed. Only the batch's rows
+    `own` are read, by default all.
     """
 
     pairs: Pairs
@@ -126,25 +128,45 @@ class Draws:
     first: int
     size: int
     position: int = 0
+    own: range | None = None
 
     def batch(self, step: int) -> Batch:
         """See `Coupling`."""
-        rows = batch_indices(self.seed, f"coupling/{self.name}", step, self.batch_size, self.size)
-        return self.pairs.read(self.first + rows, self.position + step * self.batch_size)
+        own = range(self.batch_size) if self.own is None else self.own
+        rows = batch_indices(self.seed, f"coupling/{self.name}", step, self.batch_size, self.size)[own.start : own.stop]
+        return self.pairs.read(self.first + rows, self.position + step * self.batch_size + own.start)
 
 
 @dataclass(frozen=True)
 class Fresh:
-    """A coupling that takes its pairs one after the other and none twice, `batch_size` a step, from `position` on."""
+    """A coupling that takes its pairs one after the other and none twice, `batch_size` a step, from `position` on.
+
+    Only the batch's rows `own` are read.
+    """
 
     pairs: Pairs
     batch_size: int
+    own: range
     position: int = 0
 
     def batch(self, step: int) -> Batch:
         """See `Coupling`."""
-        first = self.position + step * self.batch_size
-        return self.pairs.read(np.arange(first, first + self.batch_size), first)
+        first = self.position + step * self.batch_size + self.own.start
+        return self.pairs.read(np.arange(first, first + len(self.own)), first)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows, or none, of another coupling's batches."""
+
+    coupling: Coupling
+    own: range
+
+    def batch(self, step: int) -> Batch:
+        """See `Coupling`."""
+        x0, x1, label, augment = self.coupling.batch(step)
+        cut = slice(self.own.start, self.own.stop)
+        return Batch(x0[cut], x1[cut], None if label is None else label[cut], None if augment is None else augment[cut])
 
 
 @dataclass(frozen=True)
@@ -182,6 +204,17 @@ class Prefetched:
 
     def _draw(self, step: int) -> Future[Batch]:
         return self.thread.submit(self.coupling.batch, step)
+
+
+def intersections(sizes: Mapping[str, int], rows: range) -> dict[str, range]:
+    """Of parts of these sizes, one after the other in a batch, the rows of each, counted from its start, that are in `rows`."""
+    ends = dict(zip(sizes, accumulate(sizes.values()), strict=True))
+    starts = {kind: ends[kind] - size for kind, size in sizes.items()}
+
+    def clipped(row: int, kind: str) -> int:
+        return min(max(row - starts[kind], 0), sizes[kind])
+
+    return {kind: range(clipped(rows.start, kind), clipped(rows.stop, kind)) for kind in sizes}
 
 
 def shares(weights: Mapping[str, float], batch_size: int) -> dict[str, int]:
@@ -231,17 +264,26 @@ class Mixture:
             allowed = f"takes {counts[kind]} {kind} samples a batch, but only {room} can be had beside the held-out ones"
             require(counts[kind] <= room, "training.batch_size", batch_size, allowed)
 
-    def open(self, sources: Mapping[str, Pairs], batch_size: int, seed: int, num_heldout: int) -> tuple[Coupling, Coupling]:
-        """The coupling to train on and one of `num_heldout` pairs kept out of it (the last of every source)."""
+    def open(
+        self, sources: Mapping[str, Pairs], batch_size: int, seed: int, num_heldout: int, rows: range | None = None
+    ) -> tuple[Coupling, Coupling]:
+        """The coupling to train on and one of `num_heldout` pairs kept out of it (the last of every source).
+
+        Of each training batch it draws only the `rows` of this process; of the held-out ones all.
+        """
         sizes = {kind: len(sources[kind]) for kind in self.weights}
         self.require_room(sizes, batch_size, num_heldout)
         counts, heldout = shares(self.weights, batch_size), shares(self.weights, num_heldout)
 
-        def draws(kind: str, count: int, first: int, size: int, position: int = 0) -> Coupling:
+        def draws(kind: str, count: int, own: range, first: int, size: int, position: int = 0) -> Coupling:
+            whole = range(count if kind == "minibatch_ot" else 1)  # what is assigned together cannot be drawn in pieces
+            if len(own) < len(whole):  # and nothing at all cannot be drawn from a network
+                return Rows(draws(kind, count, whole, first, size, position), own)
             if kind == "online":
-                return Fresh(sources[kind], count, position)
-            return Draws(sources[kind], kind, count, seed, first, size, position)
+                return Fresh(sources[kind], count, own, position)
+            return Draws(sources[kind], kind, count, seed, first, size, position, own)
 
-        train = [draws(k, c, 0, sizes[k] - heldout.get(k, 0)) for k, c in counts.items()]
-        held = [draws(k, c, sizes[k] - c, c, HELD_OUT) for k, c in heldout.items()]
+        own = intersections(counts, range(batch_size) if rows is None else rows)
+        train = [draws(k, c, own[k], 0, sizes[k] - heldout.get(k, 0)) for k, c in counts.items()]
+        held = [draws(k, c, range(c), sizes[k] - c, c, HELD_OUT) for k, c in heldout.items()]
         return Mixed(tuple(train)), Mixed(tuple(held))

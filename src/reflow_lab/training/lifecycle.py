@@ -12,8 +12,8 @@ import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_only
 
+from .. import parallel
 from ..artifacts import write_atomically
 from ..errors import UserError
 from ..progress import Bar
@@ -56,13 +56,11 @@ class JSONLines(Logger):
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
         """The configuration is a file of its own."""
 
-    @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Append one line."""
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
 
-    @rank_zero_only
     def cut_back(self, step: int) -> None:
         """Drop the lines after `step`, and a last line that was cut short."""
         lines = self.path.read_text().splitlines() if self.path.exists() else []
@@ -116,12 +114,10 @@ class Report(L.Callback):
 
 
 def numbers(module: FlowModule) -> dict[str, float]:
-    """What must stay finite, of the last step."""
-    return {
-        "loss": module.losses.total.mean().item(),
-        "loss_unweighted": module.losses.raw.mean().item(),
-        "gradient_norm": module.gradient_norm.item(),
-    }
+    """What must stay finite, of the last step's global batch: every process asks, every one gets the same."""
+    own = torch.stack((module.losses.total.detach().mean(), module.losses.raw.mean()))
+    loss, unweighted = parallel.mean(own).tolist()
+    return {"loss": loss, "loss_unweighted": unweighted, "gradient_norm": module.gradient_norm.item()}
 
 
 def require_finite(metrics: dict[str, float], trainer: L.Trainer) -> None:
@@ -157,16 +153,21 @@ class Clock(L.Callback):
 
 
 class Checkpoints(L.Callback):
-    """One checkpoint, replaced every `every_s` seconds and on ctrl-C: the first signal lets the step finish, then saves."""
+    """One checkpoint, replaced every `every_s` seconds and on ctrl-C: the first signal lets the step finish, then saves.
+
+    A second one of the same kind ends at once; torchrun sends SIGTERM after the terminal's SIGINT. Of several processes each
+    saves and stops when one of them wants to, since they save together.
+    """
 
     def __init__(self, path: Path, every_s: float) -> None:
         self.path, self.every_s = path, every_s
-        self.interrupted = False
+        self.came: set[int] = set()  #: signals
+        self.interrupted = False  #: whether any process got one
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
-        if self.interrupted:
+        if number in self.came:
             raise KeyboardInterrupt
-        self.interrupted = True
+        self.came.add(number)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take over SIGINT and SIGTERM."""
@@ -176,12 +177,18 @@ class Checkpoints(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Save when it is time, and stop when asked."""
         assert isinstance(pl_module, FlowModule)
+        self.interrupted, due = parallel.any_of(bool(self.came), time.monotonic() - self.saved > self.every_s)
         if self.interrupted:
             trainer.should_stop = True
-        if self.interrupted or time.monotonic() - self.saved > self.every_s:
+        if self.interrupted or due:
             require_finite(numbers(pl_module), trainer)  # before the last good state is overwritten
             trainer.save_checkpoint(self.path)
             self.saved = time.monotonic()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Give the signals back; one that came after the last step counts, too."""
+        self.teardown(trainer, pl_module, "fit")
+        (self.interrupted,) = parallel.any_of(bool(self.came))
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Give the signals back."""

@@ -22,7 +22,8 @@ from .label_dropout import drop_labels
 class FlowModule(L.LightningModule):
     """velocity + objective (DYN) + coupling (LRN): one step draws pairs and times, keyed by the step, and returns the loss.
 
-    `batch_size` is the global one. What else acts on training (dropout, averages, diagnostics) is a callback.
+    `batch_size` is the global one; of several processes that train together, each computes its own rows of the batch, of which
+    `first_row` is the first. What else acts on training (dropout, averages, diagnostics) is a callback.
     """
 
     velocity: nn.Module
@@ -44,13 +45,14 @@ class FlowModule(L.LightningModule):
         warmup_kimg: float = 0,
         gradient_clip: float | None = None,
         label_dropout: float = 0,
+        first_row: int = 0,
     ) -> None:
         super().__init__()
         self.velocity, self.objective, self.coupling = velocity, objective, coupling
         self.batch_size, self.seed, self.lr, self.betas = batch_size, seed, lr, betas
         self.warmup_steps = max(1, round(warmup_kimg * 1000 / batch_size))
         self.gradient_clip = float("inf") if gradient_clip is None else gradient_clip
-        self.label_dropout = label_dropout
+        self.label_dropout, self.first_row = label_dropout, first_row
 
     @property
     def kimg(self) -> float:
@@ -63,11 +65,12 @@ class FlowModule(L.LightningModule):
         return math.floor(after) > math.floor(before)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The mean weighted loss of step `global_step`; the loader's item is ignored, since batches are keyed by the step."""
+        """The mean weighted loss of our rows in step `global_step`, by which batches are keyed; the loader's item is ignored."""
         step = self.global_step
         self._seed_dropout(step)
         x0, x1, label, augment = self.coupling.batch(step).to(self.device)
-        positions = np.arange(step * self.batch_size, step * self.batch_size + len(x0))
+        first = step * self.batch_size + self.first_row
+        positions = np.arange(first, first + len(x0))
         if self.label_dropout:
             assert label is not None, "an unconditional flow has no labels to drop"
             label = drop_labels(label, self.label_dropout, self.seed, positions)
@@ -77,12 +80,13 @@ class FlowModule(L.LightningModule):
         return self.losses.total.mean()
 
     def _seed_dropout(self, step: int) -> None:
-        """Make dropout's masks, too, a function of seed and step.
+        """Make dropout's masks, too, a function of seed and step, and of the process: its rows have masks of their own.
 
         The CPU's generator heeds only 32 bits of its seed, so both are hashed into them. `torch.manual_seed` would seek out
         every kind of device: 0.5 ms.
         """
-        seed = int(bits(self.seed, "training/dropout", np.array([step]), 1)[0, 0] >> np.uint64(32))
+        stream = f"training/dropout/{self.first_row}" if self.first_row else "training/dropout"
+        seed = int(bits(self.seed, stream, np.array([step]), 1)[0, 0] >> np.uint64(32))
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)

@@ -2,19 +2,22 @@
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from .. import parts
+from .. import parallel, parts, tracking
 from ..artifacts import Artifact, artifact, read_json, write_json
 from ..data.augment import AUGMENT_DIM, UNCHANGED, Augmentation
 from ..data.sets import SampleSet, resident
@@ -35,10 +38,12 @@ from ..lrn.couplings import (
 )
 from ..networks import files
 from ..networks.precision import InPrecision
+from . import processes
 from .diagnostics import ByTime, Mix
 from .ema import EMA, Snapshots
 from .few_step import FewStep
 from .lifecycle import Checkpoints, Clock, DurableCheckpoints, JSONLines, Report, Steps
+from .loggers import Loggers
 from .module import FlowModule
 from .overfitting import Overfitting
 
@@ -48,17 +53,39 @@ CONFIG_KEYS = ("net", "dyn", "lrn", "training", "seed", "t_max", "precision")  #
 
 
 def train(cfg: DictConfig) -> Path:
-    """Train what the configuration describes, or go on with it, or return at once if it is done; the run's folder."""
+    """Train what the configuration describes, or go on with it, or return at once if it is done; the run's folder.
+
+    Where several processes are to train it, they are started, unless torchrun or srun has done so.
+    """
     parts.check(cfg)
-    made = plan(cfg)
-    with made.locked():
-        if not made.is_done():
-            made.begin()
-            OmegaConf.save(cfg, made.folder / "config.yaml", resolve=True)
-            fit(cfg, made)
-            made.finish()
-    print(f"run: {made.folder}")
+    made, num = plan(cfg), parts.num_processes(cfg)
+    if num == 1 or parallel.world_size() > 1:
+        train_here(cfg)
+    elif not made.is_done():
+        processes.launch(cfg, num)
+    if num == 1 or parallel.rank() == 0:
+        print(f"run: {made.folder}")
     return made.folder
+
+
+def train_here(cfg: DictConfig) -> None:
+    """This process's part of the training: all, or some rows of each batch. The first of several holds the lock and writes."""
+    made = plan(cfg)
+    with parallel.together(parts.num_processes(cfg)), made.locked() if parallel.is_first() else nullcontext():
+        if not parallel.shared(partial(begun, cfg, made)):
+            fit(cfg, made)
+            parallel.shared(made.finish)
+
+
+def begun(cfg: DictConfig, made: Artifact) -> bool:
+    """Whether the run is done; else its folder is made ready."""
+    if made.is_done():
+        return True
+    made.begin()
+    OmegaConf.save(cfg, made.folder / "config.yaml", resolve=True)
+    origin = None if cfg.training.start == "scratch" else start_file(cfg)
+    write_json(made.folder / "lineage.json", tracking.lineage(made, origin))
+    return False
 
 
 def plan(cfg: DictConfig) -> Artifact:
@@ -198,11 +225,19 @@ def fit(cfg: DictConfig, made: Artifact) -> None:
     network = start(cfg)
     ema = EMA(cfg.training.ema_halflives_mimg, cfg.training.ema_sigma_rels)
     total = steps(cfg)
-    seconds = optimise(cfg, made.folder, network, ema, total) if total else 0.0
-    cost = {"kimg": total * cfg.training.batch_size / 1000, "seconds": seconds, "device": parts.device_name(cfg)}
-    write_json(made.folder / "cost.json", cost)
-    write_weights(cfg, made.folder, network, ema)
-    (made.folder / "last.ckpt").unlink(missing_ok=True)
+    with Loggers(cfg, made.folder) as loggers:
+        seconds = optimise(cfg, made.folder, network, ema, total, loggers=loggers) if total else 0.0
+        parallel.shared(partial(write, cfg, made.folder, network, ema, seconds))
+        loggers.trained()
+
+
+def write(cfg: DictConfig, folder: Path, network: nn.Module, ema: EMA, seconds: float) -> None:
+    """What is left of a training: its weights and its cost."""
+    kimg = steps(cfg) * cfg.training.batch_size / 1000
+    used = {"kimg": kimg, "seconds": seconds, "device": parts.device_name(cfg)}
+    write_json(folder / "cost.json", used | ({"devices": num} if (num := parts.num_processes(cfg)) > 1 else {}))
+    write_weights(cfg, folder, network, ema)
+    (folder / "last.ckpt").unlink(missing_ok=True)
 
 
 def cost(folder: Path) -> dict[str, Any]:
@@ -211,48 +246,78 @@ def cost(folder: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else dict.fromkeys(("kimg", "seconds", "device"))
 
 
-def optimise(cfg: DictConfig, folder: Path, network: nn.Module, ema: EMA, total: int, *more: L.Callback) -> float:
-    """`total` steps on the network, with everything that acts on or watches them; `more` is called first. The seconds it took."""
+def optimise(
+    cfg: DictConfig,
+    folder: Path,
+    network: nn.Module,
+    ema: EMA,
+    total: int,
+    *more: L.Callback,
+    loggers: Callable[[], list[Logger]] = list,
+) -> float:
+    """`total` steps on the network, with everything that acts on or watches them; `more` is called first. The seconds it took.
+
+    `loggers`, opened once the pairs are there, are told what the JSON lines are.
+    """
     options, mixture = cfg.training, instantiate(cfg.lrn.coupling)
-    coupling, heldout = mixture.open(sources(cfg, mixture.weights), options.batch_size, cfg.seed, options.num_heldout)
+    own, first = parallel.own_rows(options.batch_size), parallel.is_first()
+    coupling, heldout = mixture.open(sources(cfg, mixture.weights), options.batch_size, cfg.seed, options.num_heldout, own)
     device = parts.device(cfg).type
     # one by one: instantiated together, OmegaConf would take the dataclasses among them for configurations
     objective = Objective(instantiate(cfg.dyn.time), instantiate(cfg.dyn.metric), instantiate(cfg.dyn.weight))
-    counts = announced(mixture, objective, options.batch_size)
+    counts = shares(mixture.weights, options.batch_size)
+    if first:
+        announce(mixture, objective, counts)
     velocity = prepared(network, cfg)
     names = ("batch_size", "lr", "betas", "warmup_kimg", "gradient_clip", "label_dropout")
     drawn = Prefetched(coupling) if device == "cuda" else coupling
-    module = FlowModule(velocity, objective, drawn, seed=cfg.seed, **{name: options[name] for name in names})
+    module = FlowModule(velocity, objective, drawn, seed=cfg.seed, first_row=own.start, **{name: options[name] for name in names})
     checkpoint, lines = folder / "last.ckpt", JSONLines(folder / "metrics.jsonl")
-    chosen, checkpoints, clock = loggers(cfg, folder), Checkpoints(checkpoint, cfg.trainer.checkpoint_every_s), Clock()
+    resume = parallel.shared(partial(cut_back, lines, checkpoint))
+    checkpoints, clock = Checkpoints(checkpoint, cfg.trainer.checkpoint_every_s), Clock()
+    watching = [*snapshots(cfg, folder, network, ema), Mix(counts), *watchers(cfg, folder, heldout)] if first else []
     trainer = quiet_trainer(
         accelerator="gpu" if device == "cuda" else "cpu",
-        devices=cfg.trainer.devices,
         max_steps=total,
-        logger=[lines, *chosen],
+        logger=[lines, *loggers()] if first else False,
         callbacks=[
             *more,
             clock,
             instantiate(cfg.lrn.dropout),
             ema,
-            *snapshots(cfg, folder, network, ema),
-            Mix(counts),
-            *watchers(cfg, folder, heldout),
+            *watching,
+            Report(cfg.name or folder.name, cfg.trainer.log_every_kimg),
             checkpoints,
         ],  # the last holds what the others did
-        plugins=[DurableCheckpoints()],
+        plugins=[DurableCheckpoints(), parallel.environment(parts.num_processes(cfg))],
         default_root_dir=folder,
+        **devices(cfg),
     )
-    resume = checkpoint if checkpoint.exists() else None
-    lines.cut_back(checkpoint_step(checkpoint) if resume else 0)
-    try:
-        trainer.fit(module, Steps(), ckpt_path=resume, weights_only=True)
-    finally:
-        finish(chosen)
+    trainer.fit(module, Steps(), ckpt_path=checkpoint if resume else None, weights_only=True)
     if trainer.global_step < total or checkpoints.interrupted:  # perhaps in the last step of all: a study must not go on
-        print(f"stopped at step {trainer.global_step} of {total}, saved; the same command goes on")
+        if first:
+            print(f"stopped at step {trainer.global_step} of {total}, saved; the same command goes on")
         raise KeyboardInterrupt
     return clock.seconds
+
+
+def devices(cfg: DictConfig) -> dict[str, Any]:
+    """Lightning's settings for one device, or for as many processes as train together, already connected, by DDP.
+
+    A static graph: a network may have weights that a run never uses, as that of an augmentation which is off. Buffers are
+    constants, the same everywhere.
+    """
+    if parts.num_processes(cfg) == 1:
+        return {"devices": 1}
+    strategy = DDPStrategy(static_graph=True, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return {"devices": parts.num_devices(cfg), "num_nodes": cfg.trainer.num_nodes, "strategy": strategy}
+
+
+def cut_back(lines: JSONLines, checkpoint: Path) -> bool:
+    """Whether there is a checkpoint to go on from; the lines after it are dropped."""
+    found = checkpoint.exists()
+    lines.cut_back(checkpoint_step(checkpoint) if found else 0)
+    return found
 
 
 def snapshots(cfg: DictConfig, folder: Path, network: nn.Module, ema: EMA) -> list[L.Callback]:
@@ -265,18 +330,19 @@ def snapshots(cfg: DictConfig, folder: Path, network: nn.Module, ema: EMA) -> li
     return [Snapshots(ema, network, folder / "snapshots", about, **how)]
 
 
-def announced(mixture: Mixture, objective: Objective, batch_size: int) -> dict[str, int]:
-    """How many pairs of each kind a batch holds, said in a line; warns where the objective does not suit them."""
+def announce(mixture: Mixture, objective: Objective, counts: Mapping[str, int]) -> None:
+    """Say in a line how many pairs of each kind a batch holds; warns where the objective does not suit them."""
     if mixture.stochastic and not objective.theory_preserving:
         kinds = " and ".join(mixture.stochastic)
         warnings.warn(f"{BIASED} {kinds} pairs; see dyn/weight=learned_normalisation", stacklevel=1)
-    counts = shares(mixture.weights, batch_size)
-    print(f"pairs in a batch of {batch_size}: {', '.join(f'{count} {kind}' for kind, count in counts.items())}")
-    return counts
+    print(f"pairs in a batch of {sum(counts.values())}: {', '.join(f'{count} {kind}' for kind, count in counts.items())}")
 
 
 def watchers(cfg: DictConfig, folder: Path, heldout: Coupling) -> list[L.Callback]:
-    """What looks on while the flow trains: losses by time (DYN), overfitting, few-step samples (INF), bar and log."""
+    """What looks on while the flow trains: losses by time (DYN), overfitting, few-step samples (INF).
+
+    It measures the weights of the moment, which all processes have, in one of them: no part of it waits for the others.
+    """
     options, mixture = cfg.trainer, instantiate(cfg.lrn.coupling)
     sampling = {"solver": instantiate(cfg.inf.solver), "grid": instantiate(cfg.inf.grid), "nfe": cfg.nfe, "t_max": cfg.t_max}
     counts, paired = shares(mixture.weights, cfg.training.num_heldout), not mixture.stochastic
@@ -284,7 +350,6 @@ def watchers(cfg: DictConfig, folder: Path, heldout: Coupling) -> list[L.Callbac
         ByTime(heldout, options.diagnostics_every_kimg, counts),
         *overfitting(cfg, list(mixture.weights)),
         FewStep(heldout, **sampling, every_kimg=options.few_step_every_kimg, paired=paired, picture_path=folder / "few_step.png"),
-        Report(cfg.name or folder.name, options.log_every_kimg),
     ]
 
 
@@ -323,25 +388,6 @@ def quiet_trainer(**settings: Any) -> L.Trainer:
         use_distributed_sampler=False,
         **settings,
     )
-
-
-def loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
-    """The configured logger beside the JSON lines: Weights & Biases, with the run's key as its id.
-
-    Its files lie in outputs/wandb: a run's own folder holds only what the done-mark vouches for, and these change after it.
-    """
-    if cfg.logger is None or cfg.logger.get("_target_") is None:
-        return []
-    logger = instantiate(cfg.logger, save_dir=str(cfg.outputs), id=folder.name, name=cfg.name or folder.name, resume="allow")
-    logger.log_hyperparams(parts.plain(cfg))
-    return [logger]
-
-
-def finish(chosen: list[Logger]) -> None:
-    """End the runs of Weights & Biases, so that the next job of a sweep has its own."""
-    for logger in chosen:
-        if isinstance(logger, WandbLogger):
-            logger.experiment.finish()
 
 
 def checkpoint_step(path: Path) -> int:
