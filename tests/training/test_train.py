@@ -266,7 +266,7 @@ def mixed(tmp_path, teacher, *overrides):
 
 
 def test_the_mix_is_said_and_logged_and_the_held_out_loss_told_apart(tmp_path, teacher, capsys, monkeypatch):
-    monkeypatch.setattr(training, "loggers", lambda cfg, folder: [JSONLines(tmp_path / "another.jsonl")])
+    monkeypatch.setattr(training.Loggers, "__call__", lambda _: [JSONLines(tmp_path / "another.jsonl")])
     folder = mixed(tmp_path, teacher, "lrn.coupling.forward=3", "lrn.coupling.backward=1", "lrn.coupling.online=1")
     assert capsys.readouterr().out.count("pairs in a batch of 32: 7 backward, 19 forward, 6 online\n") == 1
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

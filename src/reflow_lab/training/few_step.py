@@ -5,7 +5,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import WandbLogger
 
 from ..artifacts import write_atomically
 from ..data.sets import to_uint8
@@ -22,7 +21,7 @@ class FewStep(L.Callback):
     """Sample the held-out pairs' noise with inf's solver and grid, from the weights of the moment, every `every_kimg`.
 
     Logs how straight the trajectories were and, where noise and image are `paired`, the error to the pair's image. Images go to
-    `picture_path`, a fixed grid from the same noise each time, and to Weights & Biases where it is chosen.
+    `picture_path`, a fixed grid from the same noise each time, and to a logger that takes them, as Weights & Biases.
     """
 
     def __init__(
@@ -61,5 +60,5 @@ class FewStep(L.Callback):
         grid = picture(images)
         write_atomically(self.picture_path, lambda p: grid.save(p, "png"))
         for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
+            if hasattr(logger, "log_image"):
                 logger.log_image(f"{prefix}/samples", [grid], step=trainer.global_step)
