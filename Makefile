@@ -2,7 +2,7 @@ PYTHON ?= $(shell command -v python || command -v python3)
 LAB ?= $(PYTHON) -m reflow_lab.cli
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint type bench clean
+.PHONY: help install demo test test-all lint type report bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -25,6 +25,9 @@ lint: ## style and formatting
 
 type: ## static types
 	$(PYTHON) -m mypy
+
+report: ## all results of studies as one HTML page, report.html
+	$(LAB) report
 
 bench: ## our training step, sampler, pairs, data and distances against bare loops and other packages
 	$(LAB) bench train

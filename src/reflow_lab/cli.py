@@ -63,6 +63,7 @@ VERBS = {
         "reflow_lab.networks.export:main", "a run's weights, or its sampler, as one file, for another machine", is_hydra=False
     ),
     "ema": Verb("reflow_lab.training.posthoc:main", "make an average of another length from stored ones", is_hydra=False),
+    "report": Verb("reflow_lab.report.page:main", "the results of studies as one HTML page, to read anywhere", is_hydra=False),
     "bench": Verb("reflow_lab.bench:main", "time training, sampling, pairs, data and metrics against others", is_hydra=False),
 }
 
