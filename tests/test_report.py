@@ -271,6 +271,17 @@ def test_a_value_without_interval_and_a_zero():
     )
 
 
+def test_an_interval_that_reaches_zero_leaves_the_axis_logarithmic(tmp_path):
+    low = [
+        entry(name, nfe, "fd_lite0_teacher", VALUES[name][i], VALUES[name][i] + 1) for name in ROWS for i, nfe in enumerate(NFE)
+    ]
+    result = loaded.read(written(tmp_path / "a", estimates=low))
+    panel = figures.quality(result, "fd_lite0_teacher", "nfe")
+    assert ">1000<" in "".join(panel.parts)
+    bottoms = [float(y) for y in re.findall(r'y1="([\d.]+)"[^>]*stroke="var', "".join(panel.parts))]
+    assert bottoms == [panel.upwards[0]] * 6
+
+
 def test_rows_look_different():
     assert len({svg.style(i) for i in range(28)}) == 28
 
@@ -280,13 +291,14 @@ def test_by_default_all_results_that_there_are(tmp_path, monkeypatch, capsys):
     assert cli.main(["report"]) == 2
     assert capsys.readouterr().err.startswith("reflow-lab: no table.json below experiments/results or outputs: run a study first")
     written(Path("experiments/results/one"))
-    written(Path("outputs/deep/two"))
+    written(Path("outputs/deep/two"), seeds=(7, 8))
+    written(Path("outputs/copy"))
     sweep = Path("outputs/sweeps/0123")
     sweep.mkdir(parents=True)
     (sweep / "table.json").write_text("[]")  # a sweep of evaluate, which is no study
     assert cli.main(["report"]) == 0
     assert capsys.readouterr().out.startswith("written: report.html (2 studies, 0.")
-    assert Path("report.html").read_text().count("<article") == 2
+    assert Path("report.html").read_text().count("<article") == 2  # a copy is told once
 
 
 def refused(capsys, *words):

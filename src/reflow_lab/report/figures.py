@@ -120,17 +120,21 @@ def quality(result: Loaded, metric: str, against: str) -> Panel | None:
     panel = Panel(f"{metric} against {what}", curve_alt(metric, what, series), height=300, left=52)
     x = spanning((p[0] for p in points), *panel.across, log=True)
     floor = result.cells[0]["floor"] if metric == result.doc["distance"] else None
-    y = spanning(
-        [v for _, e in points for v in (e["value"], e["low"], e["high"]) if v is not None] + [floor] * (floor is not None),
-        *panel.upwards,
-    )
+    y = spanning([*heights([e for _, e in points]), *([] if floor is None else [floor])], *panel.upwards)
     panel.axes(x, y, (what, metric), result.nfe if against == "nfe" else None)
     if floor is not None:
         panel.line((panel.left, y(floor)), (panel.width - 10, y(floor)), class_="zero", stroke_dasharray="2 3")
-        panel.parts.append(text(panel.width - 12, y(floor) - 4, "real against real", text_anchor="end"))
+        panel.parts.append(text(panel.left + 4, y(floor) - 4, "real against real"))
     for name, line in series.items():
         draw_series(panel, x, y, line, result.names.index(name))
     return panel
+
+
+def heights(entries: Sequence[Entry]) -> list[float]:
+    """What a vertical axis should hold: values and ends; of positive values no end so low that a logarithm stretches to it."""
+    values = [e["value"] for e in entries]
+    least = min(values) / 3 if min(values) > 0 else -math.inf
+    return [*values, *(end for e in entries for end in (e["low"], e["high"]) if end is not None and end >= least)]
 
 
 def places(result: Loaded, name: str, metric: str, against: str) -> Iterable[tuple[float, Entry]]:
@@ -199,12 +203,12 @@ def points(names: str, index: int, found: Entry, every: Sequence[float]) -> Pane
     """The ways of points in the plane: hollow where they start as noise, full where they end as data."""
     panel = small(names, f"{names}: paths of {len(found['x'])} points from noise (hollow) to data (full)")
     x, y = spanning(every, *panel.across, log=False), spanning(every, *panel.upwards, log=False)
-    panel.axes(x, y, ("first coordinate", "last"), x.ticks(3))
+    panel.axes(x, y, ("first coordinate", "last"), x.ticks(4))
     inner = Panel("", "")
     for path in (list(zip(*both, strict=True)) for both in zip(found["x"], found["y"], strict=True)):
         inner.curve(((x(a), y(b)) for a, b in path), stroke_width=1, stroke_opacity=0.8)
-        inner.parts.append(tag("circle", cx=x(path[0][0]), cy=y(path[0][1]), r=2, class_="seed"))
-        inner.parts.append(mark("circle", x(path[-1][0]), y(path[-1][1]), 2.2))
+        inner.parts.append(tag("circle", cx=x(path[0][0]), cy=y(path[0][1]), r=1.5, class_="seed"))
+        inner.parts.append(mark("circle", x(path[-1][0]), y(path[-1][1]), 1.8))
     panel.group(inner.parts, class_=style(index)[0])
     return panel
 

@@ -38,7 +38,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page (default report.html)")
     args = parser.parse_args(argv)
     require(not args.out.is_dir(), "--out", args.out, "is a folder; give the name of a file")
-    found = [loaded.read(folder) for folder in named(args.folders) or present()]
+    read = [loaded.read(folder) for folder in named(args.folders) or present()]
+    found = list({result.doc["sha256"]: result for result in reversed(read)}.values())[::-1]  # a copy is told once
     text = page(found)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(args.out, lambda path: path.write_text(text, encoding="utf-8"))
@@ -177,7 +178,10 @@ def quality(result: Loaded) -> str:
     metrics = dict.fromkeys((result.metric, result.doc["distance"]))
     kinds = ("nfe", "ms_per_image")
     panels = [figures.quality(result, metric, kind) for metric in metrics for kind in kinds]
-    what = "Quality against the number of calls of the velocity and against the time that a sample takes."
+    what = (
+        "Quality against the number of calls of the velocity and against the time that a sample takes. Axes are logarithmic "
+        "where values span a decade; an interval that goes lower than they do ends at the edge."
+    )
     caption = f"{what} {about(result)} {table.devices(result.cells)}"
     return figure(panels, caption, above=legend(result)) + tables.costs(result) + tables.samplers(result)
 
@@ -226,7 +230,7 @@ def over_time(result: Loaded) -> str:
         f"By t, means over {first['along_time']['num']} paths, per dimension: the squared difference of the velocity from the "
         "straight line between a path’s ends, whose mean over t is the straightness; the change of the velocity along the path; "
         "and, for rows that were trained, the last loss of held-out pairs over its mean over all t. "
-        f"Training seed {min(result.doc['seeds'])}."
+        f"Training seed {min(result.doc['seeds'])}. Rows that share their weights share a line, in the first one’s colour."
     )
     return figure([figures.over_time(result, name) for name in figures.CURVES], caption, "panels three", legend(result))
 
@@ -255,7 +259,11 @@ def flat(name: str, value: Any) -> list[tuple[str, str]]:
 
 def commands(result: Loaded) -> str:
     """What to type to make the table, or a row of it."""
-    rows = "\n".join(
-        f"<h4>{escape(row['name'])}</h4><pre><code>{escape(row['command'])}</code></pre>" for row in result.doc["rows"]
-    )
-    return f"<p>The whole table; what is finished is read back:</p><pre><code>{escape(result.doc['command'])}</code></pre>{rows}"
+    rows = "\n\n".join(f"# {row['name']}\n{row['command']}" for row in result.doc["rows"])
+    whole = "<p>The whole table; what is finished is read back:</p>"
+    return f"{whole}{typed(result.doc['command'])}<p>A row of it:</p>{typed(rows)}"
+
+
+def typed(text: str) -> str:
+    """Text as it is typed."""
+    return f"<pre><code>{escape(text)}</code></pre>"

@@ -78,7 +78,7 @@ def style(index: int) -> tuple[str, str, str]:
     return f"c{index % NUM_COLOURS}", MARKS[index % len(MARKS)], DASHES[index // NUM_COLOURS % len(DASHES)]
 
 
-def tag(name: str, content: str | None = None, **attributes: object) -> str:
+def tag(name: str, content: str | None = None, /, **attributes: object) -> str:
     """An element; `class_` is class, underscores are hyphens, floats are cut to a tenth."""
     given = ((key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items() if value not in (None, ""))
     words = "".join(f' {key}="{_plain(value)}"' for key, value in given)
@@ -149,7 +149,7 @@ class Panel:
             self.line((self.across[0], y(tick)), (self.across[1], y(tick)), class_="grid")
             self.parts.append(text(self.left - 5, y(tick) + 4, number(tick), text_anchor="end"))
         self.parts.append(text(sum(self.across) / 2, self.height - 6, labels[0], text_anchor="middle", class_="label"))
-        self.parts.append(text(4, 20, labels[1], class_="label"))
+        self.parts.append(text(4, 14, labels[1], class_="label"))
 
     def line(self, start: tuple[float, float], end: tuple[float, float], **attributes: object) -> None:
         """A straight line between two points of the picture."""
@@ -169,4 +169,4 @@ class Panel:
         box = f"0 0 {self.width:g} {self.height:g}"
         title = tag("p", escape(self.title), class_="panel-title") if self.title else ""
         picture = tag("svg", "".join(self.parts), viewBox=box, role="img", aria_label=self.alt)
-        return tag("div", title + picture, class_="panel", style=f"max-width:{self.width * 1.2:g}px")
+        return tag("div", title + picture, class_="panel", style=f"max-width:{max(240, self.width * 1.2):g}px")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from html import escape
 
 from ..studies import table
-from .figures import shown
+from .figures import decimals, shown
 from .loaded import Entry, Loaded
 from .svg import tag
 
@@ -81,7 +81,7 @@ def costs(result: Loaded) -> str:
         memory = [result.mean(name, nfe, "peak_memory_mb") for nfe in result.nfe]
         most = max((m for m in memory if m is not None), default=None)
         straight = plain(result.mean(name, first, "straightness"), 4)
-        return [*(plain(v, 0) for v in training), straight, *(plain(v, 2) for v in ms), plain(most, 0)]
+        return [*(plain(v, 0) for v in training), straight, *(plain(v, decimals(v or 0)) for v in ms), plain(most, 0)]
 
     columns = ["trained on kimg", "in seconds", "straightness", *(f"ms at {nfe} NFE" for nfe in result.nfe), "memory MB"]
     caption = "Costs, means over seeds: milliseconds a sample, memory of a batch; a straight flow has the straightness 0."
