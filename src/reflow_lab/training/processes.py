@@ -37,7 +37,8 @@ def launch(cfg: DictConfig, num: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
-        with started(folder, num) as workers, forwarded(workers) as signals:
+        command = [sys.executable, "-P", "-m", __name__, str(folder)]
+        with started(command, num) as workers, forwarded(workers) as signals:
             wait(workers)
         codes = [worker.returncode for worker in workers]
         if signals or 130 in codes:
@@ -47,9 +48,8 @@ def launch(cfg: DictConfig, num: int) -> None:
 
 
 @contextlib.contextmanager
-def started(folder: Path, num: int) -> Iterator[Workers]:
-    """The processes, in a session of their own: ctrl-C reaches them through us only. None of them outlives us."""
-    command = [sys.executable, "-P", "-m", __name__, str(folder)]
+def started(command: Sequence[str], num: int) -> Iterator[Workers]:
+    """`num` processes of a command, in sessions of their own: ctrl-C reaches them through us only. None of them outlives us."""
     port = free_port()
     environments = [environment(number, num, port) for number in range(num)]
     workers = [subprocess.Popen(command, env=env, stdin=subprocess.PIPE, start_new_session=True) for env in environments]

@@ -263,8 +263,7 @@ def optimise(
     own, first = parallel.own_rows(options.batch_size), parallel.is_first()
     coupling, heldout = mixture.open(sources(cfg, mixture.weights), options.batch_size, cfg.seed, options.num_heldout, own)
     device = parts.device(cfg).type
-    # one by one: instantiated together, OmegaConf would take the dataclasses among them for configurations
-    objective = Objective(instantiate(cfg.dyn.time), instantiate(cfg.dyn.metric), instantiate(cfg.dyn.weight))
+    objective = loss(cfg)
     counts = shares(mixture.weights, options.batch_size)
     if first:
         announce(mixture, objective, counts)
@@ -299,6 +298,14 @@ def optimise(
             print(f"stopped at step {trainer.global_step} of {total}, saved; the same command goes on")
         raise KeyboardInterrupt
     return clock.seconds
+
+
+def loss(cfg: DictConfig) -> Objective:
+    """The loss of the three parts of `dyn`; a learned weight starts from the run's seed, as the network does."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.seed)
+        # one by one: instantiated together, OmegaConf would take the dataclasses among them for configurations
+        return Objective(instantiate(cfg.dyn.time), instantiate(cfg.dyn.metric), instantiate(cfg.dyn.weight))
 
 
 def devices(cfg: DictConfig) -> dict[str, Any]:
