@@ -13,10 +13,8 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
@@ -151,7 +149,7 @@ def _init(settings: WandB, outputs: str | Path, about: About) -> "wandb.Run":
         try:
             return begin("online")
         except (wandb.Error, OSError) as error:
-            give_up(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}")
+            give_up(error)
             wandb.teardown()  # otherwise its service holds that the id is in use
     try:
         return begin("offline")
@@ -160,37 +158,28 @@ def _init(settings: WandB, outputs: str | Path, about: About) -> "wandb.Run":
 
 
 def is_online(settings: WandB) -> bool:
-    """Whether to try the server: wanted, a key is there, and it was there when this process last tried."""
-    if settings.offline or os.environ.get("WANDB_MODE") in ("offline", "dryrun") or _GIVEN_UP:
-        return False
-    if has_key():
-        return True
-    _say("W&B: no API key (`wandb login` stores one): runs are kept offline, for `wandb sync`")
-    return False
-
-
-def has_key() -> bool:
-    """Whether W&B would find credentials without asking: in the environment, its settings, or ~/.netrc."""
+    """Whether to try the server: it is wanted, W&B has a key for it, and it was there when this process last tried."""
     import wandb
 
-    settings = wandb.setup().settings
-    if settings.api_key or settings.identity_token_file:
-        return True
-    host, named = urlsplit(settings.base_url).hostname or "", os.environ.get("NETRC")
-    for path in [named] if named else ["~/.netrc", "~/_netrc"]:
-        with contextlib.suppress(OSError, NetrcParseError):
-            if host in netrc(Path(path).expanduser()).hosts:
-                return True
+    if settings.offline or os.environ.get("WANDB_MODE") in ("offline", "dryrun") or _GIVEN_UP:
+        return False
+    try:
+        if wandb.login(prompt=False, verify=False):
+            return True
+    except wandb.Error as error:  # a key that can be none
+        give_up(error)
+        return False
+    _say("W&B: no API key (`wandb login` stores one): runs are kept offline, for `wandb sync`")
     return False
 
 
 _GIVEN_UP: list[str] = []  #: why the server was left alone
 
 
-def give_up(reason: str) -> None:
+def give_up(error: Exception) -> None:
     """Go on offline, in this process for good: a study must not wait for a dead server at every row."""
-    _GIVEN_UP.append(reason)
-    _say(f"W&B: the server cannot be reached ({reason}); going on offline, for `wandb sync`")
+    _GIVEN_UP.append(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+    _say(f"W&B: going on offline, for `wandb sync` ({_GIVEN_UP[-1]})")
 
 
 @functools.cache
@@ -200,7 +189,7 @@ def _say(line: str) -> None:
 
 def where(run: "wandb.Run", outputs: str | Path) -> str:
     """Where to look at a run, for people."""
-    return f"W&B: {run.url}" if not run.offline else f"W&B, offline: wandb sync {outputs}/wandb/offline-run-*-{run.id}"
+    return f"W&B: {run.url}" if not run.offline else f"W&B, offline: wandb sync {outputs}/wandb/offline-run-*-{run.id}*"
 
 
 # A training
@@ -212,7 +201,8 @@ def about_training(cfg: DictConfig, folder: Path, settings: WandB) -> About:
     before = read_json(path) if path.exists() else {}
     name = cfg.name or by.get("row") or before.get("name") or folder.name
     group = settings.group or by.get("study") or before.get("group")
-    return About(folder.name, name, "train", group, [*runs.tags(config), *settings.tags], config)
+    tags = dict.fromkeys([*before.get("tags", runs.tags(config)), *settings.tags])
+    return About(folder.name, name, "train", group, [*tags], config)
 
 
 def lineage(made: Artifact, start: Path | None) -> dict[str, Any]:
@@ -294,22 +284,25 @@ def log_files(run: "wandb.Run", name: str, kind: str, folder: Path, files: Seque
 # Other stages
 
 
-def stored(cfg: DictConfig, made: Artifact) -> None:
+def stored(cfg: DictConfig, folder: Path) -> None:
     """Log a finished pair store as an artifact, pairs-KEY, from a run of its own, unless that was done before.
 
     Its lineage, the teacher's hash or the store that it was projected from, stands in its manifest.
     """
-    settings, mark = chosen(cfg), kept(cfg.outputs, made.key) / "logged.json"
-    if settings is None or mark.exists() or not (made.folder / "manifest.json").exists():
+    settings = chosen(cfg)
+    if settings is None:
         return
-    manifest, group = read_json(made.folder / "manifest.json"), settings.group or made_by().get("study")
-    about = About(made.key, f"{manifest['kind']} pairs", "pairs", group, list(settings.tags), parts.plain(cfg))
-    shards = sorted(made.folder.glob("shard-*.npy")) if "pairs" in settings.upload else []
+    recipe, group = read_json(folder / "recipe.json"), settings.group or made_by().get("study")
+    key = digest(recipe)
+    mark = kept(cfg.outputs, key) / "logged.json"
+    if mark.exists():
+        return
+    about = About(key, f"{recipe['kind']} pairs", "pairs", group, [*settings.tags], parts.plain(cfg))
+    shards = sorted(folder.glob("shard-*.npy")) if "pairs" in settings.upload else []
     with opened(settings, cfg.outputs, about) as run:
-        files = [made.folder / "manifest.json", made.folder / "recipe.json", *shards]
-        log_files(run, f"pairs-{made.key}", "pairs", made.folder, files, made.recipe)
-        run.summary.update({"num_pairs": manifest["count"]})
-    write_json(mark, {"artifact": f"pairs-{made.key}"})
+        log_files(run, f"pairs-{key}", "pairs", folder, [folder / "manifest.json", folder / "recipe.json", *shards], recipe)
+        run.summary.update({"num_pairs": recipe["count"]})
+    write_json(mark, {"artifact": f"pairs-{key}"})
 
 
 def evaluated(cfg: DictConfig, source: str | Path, cells: Sequence[Mapping[str, Any]]) -> None:

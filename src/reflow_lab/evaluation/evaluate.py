@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from .. import parts
+from .. import parts, tracking
 from ..artifacts import Artifact, artifact, read_json, write_atomically, write_json
 from ..data.sets import to_uint8
 from ..errors import require
@@ -76,6 +76,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     metrics = over_seeds([measured(one, run) for one in found])
     print(f"{run.path}, {sampler_words(found[0], metrics)}: {metrics['folder']}")
     print(summary(metrics))
+    tracking.evaluated(cfg, run.path, [metrics])
     return metrics
 
 

@@ -9,7 +9,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 
-from .. import parts
+from .. import parts, tracking
 from ..artifacts import Artifact, artifact
 from ..data.sets import SampleSet, moved
 from ..data.sources import DataSource
@@ -45,6 +45,8 @@ def pairs(cfg: DictConfig) -> Path:
     state = f"{made.recipe['count']:,} {cfg.pairs.kind} pairs" if whole else f"unfinished: {there} of {total} shards are there"
     if rank() == 0:
         print(f"pairs: {made.folder} ({state})")
+    if whole:
+        tracking.stored(cfg, made.folder)
     return made.folder
 
 

@@ -60,7 +60,7 @@ def train(cfg: DictConfig) -> Path:
     parts.check(cfg)
     made, num = plan(cfg), parts.num_processes(cfg)
     if num == 1 or parallel.world_size() > 1:
-        train_here(cfg)
+        train_here(cfg, made)
     elif not made.is_done():
         processes.launch(cfg, num)
     if num == 1 or parallel.rank() == 0:
@@ -68,9 +68,8 @@ def train(cfg: DictConfig) -> Path:
     return made.folder
 
 
-def train_here(cfg: DictConfig) -> None:
+def train_here(cfg: DictConfig, made: Artifact) -> None:
     """This process's part of the training: all, or some rows of each batch. The first of several holds the lock and writes."""
-    made = plan(cfg)
     with parallel.together(parts.num_processes(cfg)), made.locked() if parallel.is_first() else nullcontext():
         if not parallel.shared(partial(begun, cfg, made)):
             fit(cfg, made)
@@ -200,7 +199,9 @@ def sources(cfg: DictConfig, kinds: Iterable[str]) -> dict[str, Pairs]:
 
     def source(kind: str) -> Pairs:
         if kind in STORED:
-            return replace(pairs.ensure(cfg, kind), images=images)
+            store = pairs.ensure(cfg, kind)
+            tracking.stored(cfg, store.folder)
+            return replace(store, images=images)
         if kind == "online":
             return online.open_online(cfg)
         return from_data(cfg, kind, images, Augmentation(cfg.training.flips, cfg.training.augment))
