@@ -15,12 +15,12 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from torch import nn
 
-from .. import parts
+from .. import parts, tracking
 from ..errors import JobsFailed, UserError, require
 from ..evaluation import evaluate, targets
 from ..networks import files
 from ..training import train
-from . import results, table
+from . import results, table, traces
 from .description import LINKS, Row, Study, chosen, load
 from .figure import draw_samples
 
@@ -71,8 +71,6 @@ def compose(study: Study, row: Row, seed: int, given: Sequence[str]) -> Planned:
     """The configurations of a row with one training seed; those that measure it are checked."""
     composed = hydra.compose("train", [*merged(study.overrides, given, row.overrides), f"seed={seed}"])
     composed.name = f"{row.name} seed {seed}"
-    if "group" in composed.logger and composed.logger.group is None:
-        composed.logger.group = study.name
     training, *configs = (copy.deepcopy(composed) for _ in (None, *study.nfe))
     for cfg, nfe in zip(configs, study.nfe, strict=True):
         cfg.nfe = nfe
@@ -185,8 +183,11 @@ def study(cfg: DictConfig) -> list[dict[str, Any]]:
     plans = plan(described, [described.rows[number].name], [seed], own_overrides(HydraConfig.get().overrides.task))
     runs: dict[str, Path] = {}
     for planned in plans:
-        runs[planned.row.name] = trained(planned, runs)
-    return measured(plans[-1], runs)
+        with tracking.making(study=cfg.study, row=planned.row.name):
+            runs[planned.row.name] = trained(planned, runs)
+    cells = measured(plans[-1], runs)
+    tracking.evaluated(plans[-1].training, runs[plans[-1].row.name], cells)
+    return cells
 
 
 def trained(planned: Planned, runs: dict[str, Path]) -> Path:
@@ -226,15 +227,19 @@ def finish(cfg: DictConfig, given: Sequence[str], outcomes: Sequence[Outcome]) -
 
 
 def write(cfg: DictConfig, given: Sequence[str], shown: Study, cells: Sequence[dict[str, Any]]) -> None:
-    """table.json, table.md, table.tex and samples.png in `out`."""
-    out = Path(cfg.out)
+    """table.json, table.md, table.tex, samples.png and traces.json in `out`."""
+    out, own = Path(cfg.out), own_overrides(given)
     out.mkdir(parents=True, exist_ok=True)
-    result = results.build(shown, cells, data_set(shown, own_overrides(given)), given)
+    first = [cell for cell in cells if cell["seed"] == cfg.seed]
+    result = results.build(shown, cells, data_set(shown, own), given)
     results.write(out, result)
     text = table.write(out, result)
-    draw_samples(out / "samples.png", shown, [cell for cell in cells if cell["seed"] == cfg.seed])
+    draw_samples(out / "samples.png", shown, first)
+    runs = {cell["name"]: Path(cell["run"]) for cell in first}
+    traces.write(out, {row.name: (compose(shown, row, cfg.seed, own).training, runs[row.name]) for row in shown.rows})
+    tracking.study_table(cfg, out, result)
     print(text)
-    print(f"written: {out}/table.md, table.tex, table.json, samples.png")
+    print(f"written: {out}/table.md, table.tex, table.json, samples.png, traces.json")
 
 
 def data_set(study: Study, given: Sequence[str]) -> str:
