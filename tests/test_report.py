@@ -243,7 +243,19 @@ def test_effects_are_shares_of_what_they_are_measured_against(tmp_path):
 def test_rows_of_the_same_weights_share_a_plot(tmp_path):
     result = loaded.read(written(tmp_path / "a"))
     assert [names for names, _, _ in figures.flows(result)] == ["base flow", "BSL, <b>+DYN & co</b>"]
-    assert len(figures.paths(result)) == 2 and figures.over_time(result, "relative_loss") is not None
+    assert len(figures.paths(result)) == 2 and [figures.over_time(result, name) is None for name in figures.CURVES] == [False] * 3
+
+
+def test_curves_over_time_have_their_intervals(tmp_path):
+    result = loaded.read(written(tmp_path / "a"))
+    panel = figures.over_time(result, "straightness")
+    (low, high), *_ = re.findall(r'y1="([\d.]+)"[^>]*y2="([\d.]+)" stroke="var', "".join(panel.parts))
+    middle, *_ = re.findall(r'<circle cx="[\d.]+" cy="([\d.]+)"', "".join(panel.parts))
+    assert float(low) > float(middle) > float(high)
+    assert 'stroke-width="1.25"' not in "".join(figures.over_time(result, "relative loss").parts)
+    folder = tmp_path / "a"
+    (folder / "traces.json").write_text(json.dumps({"rows": {"base flow": traces("pixels")["rows"]["base flow"]}}))
+    assert figures.over_time(loaded.read(folder), "relative loss") is None  # it was not trained
 
 
 def test_axes(tmp_path):
@@ -313,6 +325,9 @@ def test_bad_input(tmp_path, capsys):
     assert refused(capsys, folder, "--out", tmp_path) == f"--out={tmp_path}: is a folder; give the name of a file"
     (folder / "samples.png").write_bytes(b"no picture")
     assert refused(capsys, folder, "--out", tmp_path / "r.html").startswith(f"{folder}/samples.png: not a picture")
+    (folder / "traces.json").write_text("[]")
+    assert refused(capsys, folder).startswith(f"{folder}/traces.json: not the traces of a study")
+    (folder / "traces.json").unlink()
     table = folder / "table.json"
     table.write_text(table.read_text().replace("2000.0", "2001.0"))
     assert refused(capsys, folder).startswith(f"{table}: was changed after it was written")

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
+from ..evaluation.intervals import Z95
 from .loaded import Entry, Loaded
 from .svg import Panel, Scale, mark, number, spanning, style, tag, text
 
@@ -65,15 +65,13 @@ def bar(panel: Panel, x: Scale, middle: float, entry: Entry, colour: int) -> Non
     box = tag("rect", x=left, y=middle - BAR / 2, width=max(right - left, 0.5), height=float(BAR), fill="var(--c)")
     panel.group([box], class_=style(colour)[0])
     if entry["low"] is not None and entry["high"] is not None:
-        whisker(panel, (x(entry["low"]), middle), (x(entry["high"]), middle))
+        whisker(panel, x(entry["low"]), x(entry["high"]), middle)
 
 
-def whisker(panel: Panel, start: tuple[float, float], end: tuple[float, float]) -> None:
-    """An interval between two points of the picture, with caps across it."""
-    (x1, y1), (x2, y2) = start, end
-    dx, dy = (0, 3) if y1 == y2 else (3, 0)
-    lines = ((x1, y1, x2, y2), (x1 - dx, y1 - dy, x1 + dx, y1 + dy), (x2 - dx, y2 - dy, x2 + dx, y2 + dy))
-    panel.parts.append(tag("path", d="".join(f"M{a:.1f},{b:.1f}L{c:.1f},{d:.1f}" for a, b, c, d in lines), class_="error"))
+def whisker(panel: Panel, left: float, right: float, y: float) -> None:
+    """An interval with caps."""
+    caps = "".join(f"M{x:.1f},{y - 3:.1f}V{y + 3:.1f}" for x in (left, right))
+    panel.parts.append(tag("path", d=f"M{left:.1f},{y:.1f}L{right:.1f},{y:.1f}{caps}", class_="error"))
 
 
 def ladder(result: Loaded, nfe: int) -> Panel:
@@ -213,28 +211,36 @@ def points(names: str, index: int, found: Entry, every: Sequence[float]) -> Pane
     return panel
 
 
-CURVES: dict[str, tuple[str, Callable[[Entry], Any], str]] = {
-    "deviation": ("straightness", lambda trace: trace["along_time"]["deviation"], "|v − chord|²"),
-    "acceleration": ("acceleration", lambda trace: trace["along_time"]["acceleration"], "|dv/dt|"),
-    "relative_loss": ("relative loss", lambda trace: trace["relative_loss"], "loss / mean"),
-}
+CURVES: dict[str, tuple[str, str, Callable[[Entry], Entry | None]]] = {
+    "straightness": ("|v − chord|²", "along_time", lambda trace: trace["along_time"]["deviation"]),
+    "acceleration": ("|dv/dt|", "along_time", lambda trace: trace["along_time"]["acceleration"]),
+    "relative loss": ("loss / mean", "relative_loss", lambda trace: trace["relative_loss"]),
+}  #: the vertical axis, which part of a trace has the times, which the means
 
 
-def over_time(result: Loaded, name: str) -> Panel | None:
+def over_time(result: Loaded, title: str) -> Panel | None:
     """One of CURVES over t, a line a flow; None where no flow has it."""
-    title, pick, label = CURVES[name]
-    found = [(index, times(trace, name), pick(trace)["mean"]) for _, index, trace in flows(result) if pick(trace) is not None]
-    if not found:
+    label, part, pick = CURVES[title]
+    known = [
+        (names, index, list(zip(trace[part]["t"], estimates(curve), strict=True)))
+        for names, index, trace in flows(result)
+        if (curve := pick(trace)) is not None
+    ]
+    if not known:
         return None
-    rows = ", ".join(names for names, _, trace in flows(result) if pick(trace) is not None)
+    rows = ", ".join(names for names, _, _ in known)
     panel = Panel(f"{title} over t", f"{title} over t, from data (0) to noise (1), of {rows}", left=56)
-    x, y = Scale(0, 1, *panel.across), spanning([v for _, _, values in found for v in values], *panel.upwards)
+    x, y = Scale(0, 1, *panel.across), spanning(heights([e for _, _, line in known for _, e in line]), *panel.upwards)
     panel.axes(x, y, ("t  (0 data, 1 noise)", label), (0, 0.25, 0.5, 0.75, 1))
-    for index, t, values in found:
-        draw_series(panel, x, y, [(at, {"value": v, "low": None, "high": None}) for at, v in zip(t, values, strict=True)], index)
+    for _, index, line in known:
+        draw_series(panel, x, y, line, index)
     return panel
 
 
-def times(trace: Entry, name: str) -> list[float]:
-    """Where a curve has its points."""
-    return list(trace["relative_loss" if name == "relative_loss" else "along_time"]["t"])
+def estimates(curve: Entry) -> list[Entry]:
+    """The means of a curve, with 95 % intervals where it has standard errors."""
+    halves = [Z95 * error for error in curve["standard_error"]] if "standard_error" in curve else [None] * len(curve["mean"])
+    return [
+        {"value": v, "low": None if half is None else v - half, "high": None if half is None else v + half}
+        for v, half in zip(curve["mean"], halves, strict=True)
+    ]

@@ -1,5 +1,6 @@
 """A study's result as the report reads it: table.json, and beside it traces.json and samples.png where they are."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -7,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from ..artifacts import read_json
+from ..errors import UserError
 from ..studies import results
 
 Entry = dict[str, Any]
@@ -65,13 +67,11 @@ class Loaded:
 
     def mean(self, name: str, nfe: int, key: str) -> float | None:
         """The mean over seeds of a number in the cells; None where a cell lacks it."""
-        values = [cell.get(key) for cell in self.at(name, nfe)]
-        return fmean(v for v in values if v is not None) if values and None not in values else None
+        return mean([cell.get(key) for cell in self.at(name, nfe)])
 
     def training(self, name: str, key: str) -> float | None:
         """The mean over seeds of what training cost: kimg or seconds; None where it was not noted."""
-        values = [(cell.get("training") or {}).get(key) for cell in self.at(name, self.nfe[0])]
-        return fmean(v for v in values if v is not None) if values and None not in values else None
+        return mean([cell["training"][key] for cell in self.at(name, self.nfe[0])])
 
     def seed_differences(self, name: str, against: str, nfe: int, metric: str) -> list[float]:
         """The effect in each seed; nothing with one seed, whose difference is the effect itself."""
@@ -80,8 +80,21 @@ class Loaded:
         return found if len(found) > 1 else []
 
 
+def mean(values: Sequence[float | None]) -> float | None:
+    """The mean of what is known whole."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if known and len(known) == len(values) else None
+
+
 def read(folder: Path) -> Loaded:
     """Read a study's folder; raises a `UserError` that names what is missing, broken or changed by hand."""
-    doc, traces, samples = results.read(folder), folder / "traces.json", folder / "samples.png"
-    rows = read_json(traces)["rows"] if traces.exists() else {}
-    return Loaded(folder, doc, rows, samples.read_bytes() if samples.exists() else None)
+    doc, samples = results.read(folder), folder / "samples.png"
+    return Loaded(folder, doc, traces(folder / "traces.json"), samples.read_bytes() if samples.exists() else None)
+
+
+def traces(path: Path) -> dict[str, Entry]:
+    """The rows of a traces.json, none where there is no such file."""
+    found = read_json(path) if path.exists() else {"rows": {}}
+    if not isinstance(found, dict) or not isinstance(found.get("rows"), dict):
+        raise UserError(f"{path}: not the traces of a study; delete it, and the study writes it again")
+    return {str(name): row for name, row in found["rows"].items()}

@@ -129,8 +129,8 @@ def parts_of(result: Loaded) -> list[tuple[str, Callable[[Loaded], str]]]:
         ("Effects", effects, bool(result.doc["effects"])),
         ("Quality and cost", quality, True),
         ("Samples", samples, result.samples is not None),
-        ("Paths", paths, bool(result.traces)),
-        ("Over time", over_time, bool(result.traces)),
+        ("Paths", paths, bool(figures.flows(result))),
+        ("Over time", over_time, bool(figures.flows(result))),
         ("Protocol", protocol, True),
         ("Commands", commands, True),
     )
@@ -227,9 +227,9 @@ def over_time(result: Loaded) -> str:
     """Straightness, acceleration and relative loss over t."""
     (_, _, first), *_ = figures.flows(result)
     caption = (
-        f"By t, means over {first['along_time']['num']} paths, per dimension: the squared difference of the velocity from the "
-        "straight line between a path’s ends, whose mean over t is the straightness; the change of the velocity along the path; "
-        "and, for rows that were trained, the last loss of held-out pairs over its mean over all t. "
+        f"By t, means over {first['along_time']['num']} paths with 95 % intervals, per dimension: the squared difference of the "
+        "velocity from the straight line between a path’s ends, whose mean over t is the straightness; and the change of the "
+        "velocity along the path. For rows that were trained, the last loss of held-out pairs over its mean over all t. "
         f"Training seed {min(result.doc['seeds'])}. Rows that share their weights share a line, in the first one’s colour."
     )
     return figure([figures.over_time(result, name) for name in figures.CURVES], caption, "panels three", legend(result))

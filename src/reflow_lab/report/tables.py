@@ -92,7 +92,7 @@ def samplers(result: Loaded) -> str:
     """Solver and grid of each row and number of steps, which with `inf=auto` may differ between seeds."""
 
     def used(name: str, nfe: int) -> str:
-        return words("; ".join(sorted({cell["sampler"] for cell in result.at(name, nfe)})))
+        return words("; ".join(sorted({cell["sampler"] or NONE for cell in result.at(name, nfe)})))
 
     rows = [(name, [used(name, nfe) for nfe in result.nfe]) for name in result.names]
     return made("Samplers: the solver and its grid of times.", steps(result), rows)
