@@ -118,12 +118,13 @@ def folder_of(outputs: Path) -> Path:
     ("variables", "trainer"), [(TORCHRUN, "trainer.devices=2"), (SRUN, "trainer=slurm")], ids=["torchrun", "srun"]
 )
 def test_two_processes_train_what_one_does(alone, tmp_path, variables, trainer):
-    cfg = config("train", tmp_path, *LEARNED, trainer, "trainer.accelerator=cpu")
+    cfg = config("train", tmp_path, *LEARNED, trainer, "trainer.accelerator=cpu", "logger=wandb")
     cfg.trainer.update({key: value for key, value in config("train", tmp_path, *LEARNED).trainer.items() if "_every_" in key})
     assert two(cfg, variables) == [0, 0]
     made = folder_of(tmp_path)
     assert_same(alone, made)
     assert {path.name for path in made.iterdir()} == {path.name for path in alone.iterdir()}
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
     assert json.loads((made / "cost.json").read_text())["devices"] == 2
 
 
@@ -301,6 +302,7 @@ def test_the_reason_is_the_users_mistake_before_the_troubles_it_made(tmp_path):
     assert "connection closed" in str(processes.failure(tmp_path, [1, 1]))
 
 
+@pytest.mark.slow
 def test_the_command_starts_them_itself_and_weights_and_biases_has_one_run(alone, tmp_path):
     words = [*LEARNED, "trainer.devices=2", "logger=wandb", f"outputs={tmp_path}"]
     command = [sys.executable, "-m", "reflow_lab.cli", "train", *SMALL, *words]
@@ -310,3 +312,21 @@ def test_the_command_starts_them_itself_and_weights_and_biases_has_one_run(alone
     assert done.stdout.count(f"run: {made}") == 1 and done.stdout.count("pairs in a batch") == 1
     assert_same(alone, made)
     assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_command_saves_and_the_same_command_goes_on(alone, tmp_path):
+    words = [*SMALL, *LEARNED, "training.total_kimg=64", f"outputs={tmp_path}"]
+    command = [sys.executable, "-m", "reflow_lab.cli", "train", *words, "trainer.devices=2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as one:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("train/*/metrics.jsonl")) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        time.sleep(1)
+        one.send_signal(signal.SIGTERM)
+        said, _ = one.communicate(timeout=60)
+    assert one.returncode == 130 and said.count("saved; the same command goes on") == 1
+    made = folder_of(tmp_path)
+    step = torch.load(made / "last.ckpt", weights_only=True)["global_step"]
+    assert 0 < step < 2000 and f"stopped at step {step} of 2000" in said
+    assert lines(made)[-1]["step"] <= step

@@ -132,13 +132,13 @@ def end_with_parent() -> None:
 def main(folder: Path) -> int:
     """One process's part; its exit status: 0, 130 after a signal, 2 after a user's mistake, else 1; `folder` takes the reason."""
     from ..parallel import rank
-    from .train import train_here
+    from .train import plan, train_here
 
     end_with_parent()
     try:
         loaded = OmegaConf.load(folder / "config.yaml")
         assert isinstance(loaded, DictConfig)
-        train_here(loaded)
+        train_here(loaded, plan(loaded))
     except KeyboardInterrupt:
         return 130
     except UserError as error:
