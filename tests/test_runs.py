@@ -50,7 +50,12 @@ def cell(outputs, key, nfe, value, name="cell", **more):
 @pytest.fixture
 def outputs(tmp_path):
     made(tmp_path, "a", ["dyn=baseline", "lrn=baseline", "inf=baseline", "name=BSL", "training.total_kimg=30"], lines=[7, 9])
-    made(tmp_path, "b", ["dyn=improved", "lrn=baseline", "name='+DYN'", "seed=3"], made_by={"experiment": "quickstart"})
+    made(
+        tmp_path,
+        "b",
+        ["dyn=improved", "lrn=baseline", "name='+DYN'", "seed=3"],
+        made_by={"experiment": "quickstart", "study": "my/ladder"},
+    )
     for key, nfe, value in (("a", 1, 5.0), ("a", 9, 3.0), ("b", 9, 2.0)):
         cell(tmp_path, key, nfe, value)
     return tmp_path
@@ -104,7 +109,7 @@ def test_runs_with_their_distances(outputs, capsys):
     about = [first[key] for key in ("name", "what", "state", "improvements")]
     assert about == ["BSL", "ReFlow", "done", []]
     assert first["images"] == 30_000 and [c["value"] for c in first["evaluations"]] == [5.0, 3.0]
-    assert {"weight", "time", "metric", "dyn"} <= {*second["tags"]} and second["made_by"] == {"experiment": "quickstart"}
+    assert {"weight", "time", "metric", "dyn"} <= {*second["tags"]} and second["made_by"]["study"] == "my/ladder"
 
 
 def test_the_table(outputs, capsys):
@@ -126,6 +131,8 @@ def test_the_table(outputs, capsys):
         (["--where", "dyn.time=Cosh"], ["a"]),
         (["--where", "training.start=teacher", "--where", "name=BSL"], ["a"]),
         (["--experiment", "quickstart"], ["b"]),
+        (["--study", "my/ladder"], ["b"]),
+        (["--study", "ladder"], []),
     ],
 )
 def test_filters(outputs, capsys, words, expected):

@@ -203,6 +203,7 @@ def test_evaluations_add_to_the_run_of_the_training(tmp_path, base):
     cfg = config("evaluate", tmp_path, "logger=wandb", "teacher=none")
     tracking.evaluated(cfg, base, [cell(1, 30.0, tmp_path), cell(9, 10.0, tmp_path)])
     tracking.evaluated(cfg, base / "weights" / "raw.safetensors", [cell(4, 20.0, tmp_path), cell(9, 9.0, tmp_path)])
+    tracking.evaluated(cfg, base, [cell(9, 9.0, tmp_path)])  # known already
     training_run, _, found = files_of(tmp_path, base.name)
     expected = {"fd_lite0/nfe1": 30, "fd_lite0/nfe4": 20, "fd_lite0/nfe9": 9, "fd_lite0_teacher/nfe9": 4.5, "kid/nfe4": 0.3}
     assert {key: found.summary[key] for key in expected} == expected and found.summary["kimg"] == 1.28
@@ -299,15 +300,15 @@ def test_lineage_is_in_the_folder_with_any_logger(tmp_path, student):
 
 def test_a_studys_table(tmp_path):
     cells = [{"name": "BSL", "seed": 1, "nfe": n, "fd_lite0": 10.0 / n, "intervals": {"fd_lite0": [0, 1]}} for n in (1, 9)]
-    estimates = [{"name": "BSL", "nfe": 9, "metric": "fd_lite0", "value": 1.1, "low": None, "high": None}]
+    estimate = {"name": "BSL", "nfe": 9, "metric": "fd_lite0", "low": None, "high": None}
     table = {"study": "my/ladder", "command": "make", "seeds": [1], "nfe": [1, 9], "metric": "fd_lite0", "sha256": "ab"}
     out = tmp_path / "out"
     out.mkdir()
     write_json(out / "table.json", table)
     Image.new("L", (4, 4)).save(out / "samples.png")
     cfg = config("train", tmp_path, "logger=wandb", "teacher=none")
-    for _ in range(2):
-        tracking.study_table(cfg, out, table | {"cells": cells, "estimates": estimates, "effects": []})
+    for value in (1.3, 1.1, 1.1):
+        tracking.study_table(cfg, out, table | {"cells": cells, "estimates": [estimate | {"value": value}], "effects": []})
     first, second = files_of(tmp_path, digest(["study", "my/ladder", str(out)]))
     assert first.run.run_id == second.run.run_id and second.run.run_group == "my/ladder" and second.run.job_type == "study"
     assert second.summary["BSL/fd_lite0/nfe9"] == 1.1 and list(second.folder.rglob("samples_*.png"))

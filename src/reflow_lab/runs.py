@@ -211,8 +211,9 @@ def main(argv: Sequence[str]) -> None:
     for text in args.where:
         found = filtered(found, text)
     found = [item for item in found if set(args.tag) <= {*item[1]["tags"]}]
-    if args.experiment:
-        found = [item for item in found if item[1]["made_by"].get("experiment") == args.experiment]
+    for key in ("experiment", "study"):
+        wanted = getattr(args, key)
+        found = [item for item in found if wanted in (None, item[1]["made_by"].get(key))]
     described = sorted((item[1] for item in found), key=order(args.sort))
     print(json.dumps(described, indent=1) if args.json else table(described))
 
@@ -222,7 +223,8 @@ def parser() -> Parser:
     made = Parser(prog="reflow-lab runs", description="List training runs, from the files in a folder of outputs alone.")
     add = made.add_argument
     add("outputs", nargs="?", type=Path, default=Path("outputs"), metavar="OUTPUTS", help="where artifacts are kept (outputs)")
-    add("--experiment", metavar="X", help="those of this experiment")
+    add("--experiment", metavar="X", help="those that were made with experiment=X")
+    add("--study", metavar="X", help="those that were first made by study=X")
     on = f"those with this on: {', '.join(IMPROVEMENTS)}; {', '.join(STAGES)} (all of a stage); or a data set; may be repeated"
     add("--tag", action="append", default=[], metavar="TAG", help=on)
     add("--where", action="append", default=[], metavar="KEY=VALUE", help="those whose configuration says so, e.g. seed=10")

@@ -309,7 +309,8 @@ def evaluated(cfg: DictConfig, source: str | Path, cells: Sequence[Mapping[str, 
     """Add evaluations to the run of the training whose folder, or a weight file of which, `source` is.
 
     Every metric becomes `METRIC/nfeN` of its summary; the distances of all its evaluations so far are plotted against N. Of two
-    with one number of steps the later one stays. Weights of no run of ours are left out, and said so.
+    with one number of steps the later one stays; what is there already is not told again. Weights of no run of ours are left
+    out, and that is said.
     """
     settings, folder = chosen(cfg), run_folder(Path(source))
     if settings is None:
@@ -317,15 +318,21 @@ def evaluated(cfg: DictConfig, source: str | Path, cells: Sequence[Mapping[str, 
     if folder is None:
         _say(f"W&B: {source} belongs to no training run, so its evaluation is kept on the disk alone")
         return
-    training = OmegaConf.load(folder / "config.yaml")
-    assert isinstance(training, DictConfig)
-    about, path = about_training(training, folder, settings), kept(folder.parents[1], folder.name) / "evaluations.json"
+    path = kept(folder.parents[1], folder.name) / "evaluations.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock(path.with_name(".evaluations.lock")):
-        known = read_json(path) if path.exists() else {}
-        known |= {f"{cell['protocol']['nfe']:g}": summarised(cell) for cell in cells}
-        write_json(path, known)
-    with opened(settings, folder.parents[1], about) as run:
+        before = read_json(path) if path.exists() else {}
+        known = before | {f"{cell['protocol']['nfe']:g}": summarised(cell) for cell in cells}
+        if known != before:
+            add(settings, folder, known)
+            write_json(path, known)
+
+
+def add(settings: WandB, folder: Path, known: Mapping[str, Any]) -> None:
+    """Open the run of a training and put its evaluations in."""
+    training = OmegaConf.load(folder / "config.yaml")
+    assert isinstance(training, DictConfig)
+    with opened(settings, folder.parents[1], about_training(training, folder, settings)) as run:
         replay(run, folder, training.training.batch_size)
         if (cost := folder / "cost.json").exists():
             run.summary.update(read_json(cost))
@@ -381,7 +388,7 @@ def samples(found: Mapping[str, Any]) -> Image | None:
 
 
 def study_table(cfg: DictConfig, out: Path, table: Mapping[str, Any]) -> None:
-    """Log a study's table, the content of its table.json, from a run of its own that a repeated study goes on with.
+    """Log a study's table, the content of its table.json, from a run of its own; one that was logged already is not again.
 
     Its tables are `cells`, one row for each row, seed and number of steps, `estimates` and `effects`; the files in `out` are an
     artifact; every estimate is `ROW/METRIC/nfeN` of its summary.
@@ -391,17 +398,23 @@ def study_table(cfg: DictConfig, out: Path, table: Mapping[str, Any]) -> None:
     settings = chosen(cfg)
     if settings is None:
         return
-    name, key = table["study"], digest(["study", table["study"], str(Path(out).absolute())])
+    name, key, content = table["study"], digest(["study", table["study"], str(Path(out).absolute())]), digest(table)
+    mark = kept(cfg.outputs, key) / "logged.json"
+    if mark.exists() and read_json(mark) == content:
+        return
     config = {**parts.plain(cfg), **{k: table[k] for k in ("command", "seeds", "nfe", "metric")}}
     about = About(key, name, "study", settings.group or name, list(settings.tags), config)
     with opened(settings, cfg.outputs, about) as run:
-        logged: dict[str, Any] = {part: as_table(table[part]) for part in ("cells", "estimates", "effects") if table[part]}
+        cells = [cell | {f"training_{key}": value for key, value in cell.get("training", {}).items()} for cell in table["cells"]]
+        parted = {"cells": cells, "estimates": table["estimates"], "effects": table["effects"]}
+        logged: dict[str, Any] = {name: as_table(rows) for name, rows in parted.items() if rows}
         if (picture := Path(out) / "samples.png").exists():
             logged["samples"] = wandb.Image(str(picture))
         run.log(logged)
         run.summary.update({f"{e['name']}/{e['metric']}/nfe{e['nfe']}": e["value"] for e in table["estimates"]})
         files = [p for p in sorted(Path(out).glob("*")) if p.is_file() and not p.name.startswith(".")]
         log_files(run, f"study-{key}", "table", Path(out), files, {"study": name, "sha256": table.get("sha256")})
+    write_json(mark, content)
 
 
 def as_table(rows: Sequence[Mapping[str, Any]]) -> "wandb.Table":
@@ -409,5 +422,5 @@ def as_table(rows: Sequence[Mapping[str, Any]]) -> "wandb.Table":
     import wandb
 
     plain = (str, int, float, type(None))
-    columns = [key for key in rows[0] if all(key in row and isinstance(row[key], plain) for row in rows)]
+    columns: list[str | int] = [key for key in rows[0] if all(key in row and isinstance(row[key], plain) for row in rows)]
     return wandb.Table(columns=columns, data=[[row[key] for key in columns] for row in rows], allow_mixed_types=True)

@@ -54,7 +54,8 @@ class Loggers:
 
     def __init__(self, cfg: DictConfig, folder: Path) -> None:
         self.cfg, self.folder, self.stack = cfg, folder, contextlib.ExitStack()
-        self.settings, self.run = tracking.chosen(cfg), None
+        self.settings = tracking.chosen(cfg)
+        self.run: Any = None
 
     def __call__(self) -> list[Logger]:
         """The loggers; none in all but the first of several processes."""
