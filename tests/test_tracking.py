@@ -299,7 +299,7 @@ def test_lineage_is_in_the_folder_with_any_logger(tmp_path, student):
 
 
 def test_a_studys_table(tmp_path):
-    cells = [{"name": "BSL", "seed": 1, "nfe": n, "fd_lite0": 10.0 / n, "intervals": {"fd_lite0": [0, 1]}} for n in (1, 9)]
+    cells = [{"name": "BSL", "seed": 1, "nfe": n, "fd_lite0": 10.0 / n, "training": {"kimg": 2}, "intervals": {}} for n in (1, 9)]
     estimate = {"name": "BSL", "nfe": 9, "metric": "fd_lite0", "low": None, "high": None}
     table = {"study": "my/ladder", "command": "make", "seeds": [1], "nfe": [1, 9], "metric": "fd_lite0", "sha256": "ab"}
     out = tmp_path / "out"
@@ -313,9 +313,8 @@ def test_a_studys_table(tmp_path):
     assert first.run.run_id == second.run.run_id and second.run.run_group == "my/ladder" and second.run.job_type == "study"
     assert second.summary["BSL/fd_lite0/nfe9"] == 1.1 and list(second.folder.rglob("samples_*.png"))
     (logged,) = [json.loads(p.read_text()) for p in second.folder.rglob("cells_*.table.json")]
-    assert (
-        logged == {"columns": ["name", "seed", "nfe", "fd_lite0"], "data": [["BSL", 1, 1, 10.0], ["BSL", 1, 9, 10 / 9]]} | logged
-    )
+    assert logged["columns"] == ["name", "seed", "nfe", "fd_lite0", "training_kimg"]
+    assert logged["data"] == [["BSL", 1, 1, 10.0, 2], ["BSL", 1, 9, 10 / 9, 2]]
     (files,) = [found for name, found in second.artifacts.items() if name.startswith("study-")]
     assert {entry.path for entry in files.manifest.contents} == {"table.json", "samples.png"}
 

@@ -405,9 +405,7 @@ def study_table(cfg: DictConfig, out: Path, table: Mapping[str, Any]) -> None:
     config = {**parts.plain(cfg), **{k: table[k] for k in ("command", "seeds", "nfe", "metric")}}
     about = About(key, name, "study", settings.group or name, list(settings.tags), config)
     with opened(settings, cfg.outputs, about) as run:
-        cells = [cell | {f"training_{key}": value for key, value in cell.get("training", {}).items()} for cell in table["cells"]]
-        parted = {"cells": cells, "estimates": table["estimates"], "effects": table["effects"]}
-        logged: dict[str, Any] = {name: as_table(rows) for name, rows in parted.items() if rows}
+        logged: dict[str, Any] = {part: as_table(table[part]) for part in ("cells", "estimates", "effects") if table[part]}
         if (picture := Path(out) / "samples.png").exists():
             logged["samples"] = wandb.Image(str(picture))
         run.log(logged)
@@ -418,9 +416,9 @@ def study_table(cfg: DictConfig, out: Path, table: Mapping[str, Any]) -> None:
 
 
 def as_table(rows: Sequence[Mapping[str, Any]]) -> "wandb.Table":
-    """Dictionaries as a table: what all of them have that is a number, a text or nothing."""
+    """Dictionaries as a table: what all of them have that is a number, a text or nothing, also under `training`."""
     import wandb
 
-    plain = (str, int, float, type(None))
-    columns: list[str | int] = [key for key in rows[0] if all(key in row and isinstance(row[key], plain) for row in rows)]
-    return wandb.Table(columns=columns, data=[[row[key] for key in columns] for row in rows], allow_mixed_types=True)
+    flat = [{**row, **{f"training_{key}": value for key, value in row.get("training", {}).items()}} for row in rows]
+    columns = [key for key in flat[0] if all(key in row and isinstance(row[key], str | int | float | None) for row in flat)]
+    return wandb.Table(columns=list(columns), data=[[row[key] for key in columns] for row in flat], allow_mixed_types=True)
