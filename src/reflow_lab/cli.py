@@ -57,6 +57,8 @@ VERBS = {
     ),
     "sample": Verb("reflow_lab.inf.sample:sample", "draw images from a trained flow"),
     "study": Verb("reflow_lab.studies.study:study", "run every row of a study and print its table"),
+    "search": Verb("reflow_lab.search:search", "search settings of training with Optuna, each trial trained and measured"),
+    "tables": Verb("reflow_lab.studies.page:main", "all results of studies on one page, experiments/README.md", is_hydra=False),
     "runs": Verb("reflow_lab.runs:main", "list and filter the runs of a folder of outputs, from its files alone", is_hydra=False),
     "import": Verb("reflow_lab.networks.import_pickle:main", "take over a published network of EDM or EDM2", is_hydra=False),
     "export": Verb(

@@ -1,5 +1,6 @@
 """The errors of Hydra and OmegaConf in one line: the key, its value, what is allowed."""
 
+import contextlib
 import difflib
 import inspect
 import re
@@ -9,6 +10,7 @@ from typing import Any
 
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
@@ -146,7 +148,7 @@ def nearest(key: str, names: Collection[str]) -> list[str]:
 
 def _known_names(verb: str, overrides: Sequence[str], *, with_hydra: bool) -> set[str]:
     """Every key and group of the verb's configuration; the other overrides take part unless they are wrong as well."""
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+    with _without_hydra(), initialize_config_dir(str(conf_dir()), version_base="1.3"):
         composed = partial(compose, config_name=verb, return_hydra_config=True)
         try:
             cfg = composed(overrides=list(overrides))
@@ -155,6 +157,16 @@ def _known_names(verb: str, overrides: Sequence[str], *, with_hydra: bool) -> se
     tree: Any = OmegaConf.to_container(cfg, resolve=False)
     names = {*cfg.hydra.runtime.choices, *_names(tree)}
     return names if with_hydra else {name for name in names if not name.startswith("hydra")}
+
+
+@contextlib.contextmanager
+def _without_hydra() -> Iterator[None]:
+    """Set the running application aside, where the mistake was made inside of one: Hydra has a single one at a time."""
+    kept, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().hydra = kept
 
 
 def _names(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
