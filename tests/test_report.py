@@ -212,6 +212,17 @@ def test_what_was_not_measured_is_left_out(text, tmp_path):
     assert not re.search(">(Paths|Over time|Samples)</h3>", found) and ">Values</h3>" in found
 
 
+def test_an_older_result_that_notes_less(tmp_path):
+    doc = document()
+    for found in doc["cells"]:
+        found |= {"device": None, "sampler": None, "peak_memory_mb": None, "floor": None}
+        found["training"] = dict.fromkeys(("kimg", "seconds", "device"))
+    results.write(tmp_path, doc)
+    text = report(tmp_path, out=tmp_path / "r.html")
+    assert "Sampling on a device not noted; training on a device not noted." in text
+    assert ">None<" not in text and "Samplers: " not in text and "<td>–</td>" in text
+
+
 def test_the_same_results_make_the_same_page(text, tmp_path):
     folder = written(tmp_path / "a")
     assert report(folder, out=tmp_path / "1.html") == report(folder, out=tmp_path / "2.html")

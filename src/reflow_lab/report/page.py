@@ -38,9 +38,11 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page (default report.html)")
     args = parser.parse_args(argv)
     require(not args.out.is_dir(), "--out", args.out, "is a folder; give the name of a file")
-    read = [loaded.read(folder) for folder in named(args.folders) or present()]
-    found = list({result.doc["sha256"]: result for result in reversed(read)}.values())[::-1]  # a copy is told once
-    text = page(found)
+    found: dict[str, Loaded] = {}
+    for folder in named(args.folders) or present():
+        result = loaded.read(folder)
+        found.setdefault(result.doc["sha256"], result)  # a copy is told once
+    text = page(list(found.values()))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(args.out, lambda path: path.write_text(text, encoding="utf-8"))
     print(f"written: {args.out} ({len(found)} {'study' if len(found) == 1 else 'studies'}, {len(text.encode()) / 1e6:.1f} MB)")
@@ -182,8 +184,15 @@ def quality(result: Loaded) -> str:
         "Quality against the number of calls of the velocity and against the time that a sample takes. Axes are logarithmic "
         "where values span a decade; an interval that goes lower than they do ends at the edge."
     )
-    caption = f"{what} {about(result)} {table.devices(result.cells)}"
+    caption = f"{what} {about(result)} {devices(result)}"
     return figure(panels, caption, above=legend(result)) + tables.costs(result) + tables.samplers(result)
+
+
+def devices(result: Loaded) -> str:
+    """Where times and memory were measured, as far as the cells note it."""
+    found = {cell["device"] for cell in result.cells}, {cell["training"]["device"] for cell in result.cells}
+    sampling, training = (", ".join(sorted(names - {None})) or "a device not noted" for names in found)
+    return f"Sampling on {sampling}; training on {training}. Seconds are of training alone, without the drawing of pairs."
 
 
 def samples(result: Loaded) -> str:

@@ -89,7 +89,9 @@ def costs(result: Loaded) -> str:
 
 
 def samplers(result: Loaded) -> str:
-    """Solver and grid of each row and number of steps, which with `inf=auto` may differ between seeds."""
+    """Solver and grid of each row and number of steps, which with `inf=auto` may differ between seeds; "" if none is noted."""
+    if all(cell["sampler"] is None for cell in result.cells):
+        return ""
 
     def used(name: str, nfe: int) -> str:
         return words("; ".join(sorted({cell["sampler"] or NONE for cell in result.at(name, nfe)})))
