@@ -104,6 +104,12 @@ def test_what_a_run_is():
     assert runs.what(config("training.total_kimg=0")) == "untrained"
 
 
+def test_a_run_without_a_name_is_named_after_what_is_on():
+    assert runs.title(config("lrn=base_flow", "training=base_flow", "seed=4")) == "base flow, seed 4"
+    assert runs.title(config("dyn=baseline", "lrn=baseline", "inf=baseline")) == "ReFlow baseline, seed 0"
+    assert runs.title(config("dyn=improved", "lrn=baseline", "inf=baseline")) == "ReFlow weight+time+metric, seed 0"
+
+
 def test_runs_with_their_distances(outputs, capsys):
     first, second = sorted(listed(capsys, outputs), key=lambda run: run["key"])
     about = [first[key] for key in ("name", "what", "state", "improvements")]

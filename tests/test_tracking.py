@@ -117,7 +117,7 @@ def test_the_run_folder_stays_whole_and_the_next_run_is_its_own(tmp_path, base):
     assert Artifact(base, {}).is_done()
     other = train(config("train", tmp_path, *BASE, "seed=1", "logger.upload=[]"))
     (found,) = files_of(tmp_path, other.name)
-    assert other != base and found.run.display_name == other.name and len(files_of(base.parents[1], base.name)) == 1
+    assert other != base and found.run.display_name == "base flow, seed 1" and len(files_of(base.parents[1], base.name)) == 1
     paths = [entry.path for entry in found.artifacts[f"train-{other.name}"].manifest.contents]
     assert "recipe.json" in paths and not [path for path in paths if path.startswith("weights")]
 

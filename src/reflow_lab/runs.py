@@ -80,6 +80,12 @@ def what(config: Mapping[str, Any]) -> str:
     return "base flow" if set(kinds) <= {*BASE_FLOW} else "ReFlow"
 
 
+def title(config: Mapping[str, Any]) -> str:
+    """A name for a run that was given none: what it is, the improvements that are on, its seed."""
+    kind, on = what(config), "+".join(improvements(config)) or "baseline"
+    return f"{kind}, seed {config['seed']}" if kind == "base flow" else f"{kind} {on}, seed {config['seed']}"
+
+
 @dataclass(frozen=True)
 class Run:
     """A training run, as its folder tells it."""

@@ -199,7 +199,7 @@ def about_training(cfg: DictConfig, folder: Path, settings: WandB) -> About:
     """The run of a training, from its configuration, or as it was called before."""
     config, by, path = parts.plain(cfg), made_by(), kept(folder.parents[1], folder.name) / "run.json"
     before = read_json(path) if path.exists() else {}
-    name = cfg.name or by.get("row") or before.get("name") or folder.name
+    name = cfg.name or by.get("row") or before.get("name") or runs.title(config)
     group = settings.group or by.get("study") or before.get("group")
     tags = dict.fromkeys([*before.get("tags", runs.tags(config)), *settings.tags])
     return About(folder.name, name, "train", group, [*tags], config)

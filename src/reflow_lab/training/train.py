@@ -62,7 +62,8 @@ def train(cfg: DictConfig) -> Path:
     if num == 1 or parallel.world_size() > 1:
         train_here(cfg, made)
     elif not made.is_done():
-        processes.launch(cfg, num)
+        with tracking.making(**tracking.made_by()):  # which the processes cannot ask Hydra for
+            processes.launch(cfg, num)
     if num == 1 or parallel.rank() == 0:
         print(f"run: {made.folder}")
     return made.folder
