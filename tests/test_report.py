@@ -251,6 +251,17 @@ def test_effects_are_shares_of_what_they_are_measured_against(tmp_path):
     assert "−310.0 [−315.0, −305.0]" in [word.text for word in tree.iter("text")]
 
 
+def test_effects_of_nothing(tmp_path):
+    none = [{**entry("BSL", 1, "fd_lite0_teacher", 0.0, 0.0), "against": "base flow"}]
+    doc = document(effects=none)
+    for found in doc["cells"]:
+        found["fd_lite0_teacher"] = 100.0
+    results.write(tmp_path, doc)
+    (bar,) = ElementTree.fromstring("<p>" + "".join(figures.effects(loaded.read(tmp_path), 1).parts) + "</p>").iter("rect")
+    assert float(bar.get("width")) == 0.5  # a line that can be seen
+    assert svg.spanning([3, 3], 0, 1, log=False)(3) == pytest.approx(0.5)
+
+
 def test_rows_of_the_same_weights_share_a_plot(tmp_path):
     result = loaded.read(written(tmp_path / "a"))
     assert [names for names, _, _ in figures.flows(result)] == ["base flow", "BSL, <b>+DYN & co</b>"]

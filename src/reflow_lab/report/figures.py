@@ -114,7 +114,7 @@ def quality(result: Loaded, metric: str, against: str) -> Panel | None:
     points = [point for line in series.values() for point in line]
     if not points:
         return None
-    what = {"nfe": "NFE", "ms_per_image": "ms an image"}[against]
+    what = {"nfe": "NFE", "ms_per_image": "ms a sample"}[against]
     panel = Panel(f"{metric} against {what}", curve_alt(metric, what, series), height=300, left=52)
     x = spanning((p[0] for p in points), *panel.across, log=True)
     floor = result.cells[0]["floor"] if metric == result.doc["distance"] else None

@@ -69,7 +69,9 @@ def spanning(values: Iterable[float], start: float, end: float, log: bool | None
         room = (high / low) ** 0.06 if high > low else 1.5
         return Scale(low / room, high * room, start, end, True)
     low, high = (min(low, 0), max(high, 0)) if zero else (low, high)
-    room = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
+    if low == high:
+        return Scale(low - (abs(low) or 1) / 10, high + (abs(high) or 1) / 10, start, end)
+    room = 0.06 * (high - low)
     return Scale(low if zero and low == 0 else low - room, high if zero and high == 0 else high + room, start, end)
 
 

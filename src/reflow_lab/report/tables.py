@@ -81,7 +81,12 @@ def costs(result: Loaded) -> str:
         memory = [result.mean(name, nfe, "peak_memory_mb") for nfe in result.nfe]
         most = max((m for m in memory if m is not None), default=None)
         straight = plain(result.mean(name, first, "straightness"), 4)
-        return [*(plain(v, 0) for v in training), straight, *(plain(v, decimals(v or 0)) for v in ms), plain(most, 0)]
+        return [
+            *(plain(v, 0) for v in training),
+            straight,
+            *(plain(v, decimals(v or 0)) for v in ms),
+            plain(most, 0 if (most or 0) >= 10 else 2),
+        ]
 
     columns = ["trained on kimg", "in seconds", "straightness", *(f"ms at {nfe} NFE" for nfe in result.nfe), "memory MB"]
     caption = "Costs, means over seeds: milliseconds a sample, memory of a batch; a straight flow has the straightness 0."
