@@ -1,8 +1,14 @@
 PYTHON ?= $(shell command -v python || command -v python3)
 LAB ?= $(PYTHON) -m reflow_lab.cli
+# of the tables: how large, how many training seeds from which one on, and which experiment (empty: the study's own, the quickstart's data)
+SCALE ?= mini
+SEEDS ?= 3
+SEED ?= 10
+DATA ?=
+STUDIES := $(patsubst experiments/simple_reflow/%.yaml,%,$(wildcard experiments/simple_reflow/*.yaml))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint type report bench clean
+.PHONY: help install demo test test-all lint type report tables $(STUDIES:%=table-%) bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -25,6 +31,14 @@ lint: ## style and formatting
 
 type: ## static types
 	$(PYTHON) -m mypy
+
+# one target a study of experiments/simple_reflow, e.g. make table-ladder DATA=cifar10 SCALE=h100_30min WITH="teacher.path=base.safetensors"
+$(STUDIES:%=table-%): table-%:
+	$(LAB) study study=simple_reflow/$* scale=$(SCALE) seeds=$(SEEDS) seed=$(SEED) $(if $(DATA),experiment=$(DATA)) $(WITH) \
+	    out=experiments/results/$*$(if $(DATA),-$(DATA))$(if $(filter-out mini,$(SCALE)),-$(SCALE))
+
+tables: ## all results of studies on one page, experiments/README.md; make table-NAME runs a study
+	$(LAB) tables
 
 report: ## all results of studies as one HTML page, report.html
 	$(LAB) report

@@ -1,5 +1,6 @@
 """The result of a study as one JSON file, from which every table, page and report is made; a file changed by hand is refused."""
 
+import math
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import reflow_lab
 
 from ..artifacts import digest, read_json, write_json
 from ..errors import UserError
-from ..evaluation.intervals import Interval, difference, interval, mean_interval
+from ..evaluation.intervals import Interval, difference, mean_interval
 from .description import LINKS, Row, Study
 
 Cell = dict[str, Any]
@@ -116,7 +117,7 @@ def estimate(cells: Sequence[Cell], metric: str) -> Interval:
     """Over seeds where there are several that differ (a row without training has none), else over the noise."""
     if len({cell[metric] for cell in cells}) > 1:
         return mean_interval([c[metric] for c in cells])
-    return interval(cells[0][metric], resampled(cells[0], metric))
+    return Interval(cells[0][metric], math.nan, *cells[0]["intervals"][metric])
 
 
 def effect(cells: Sequence[Cell], others: Sequence[Cell], metric: str) -> Interval:

@@ -1,0 +1,74 @@
+"""The verb `tables`: experiments/README.md, a section a study, from the results that are there; "not run" where there is none."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..arguments import Parser
+from ..artifacts import write_atomically
+from . import results, table
+from .description import Study, read
+from .results import Result
+
+RESULTS = "results"
+INTRODUCTION = """\
+# Studies, and what they found
+
+Made by `make tables` from the results in [results](results), each of which is sealed: a file that was changed by hand is refused.
+Every study is one file; its rows are overrides of the configuration. `make table-NAME SCALE=mini SEEDS=3 DATA=...` runs one, and
+goes on where it was interrupted. Distances depend on the features, which their names say, and on the number of samples: compare
+within a table only. Lower is better; intervals are of 95 %. The paper's numbers are FID, of other sizes: n/a where unknown."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Write the page of a folder of studies; raises a `UserError` for a result that was changed."""
+    parser = Parser(prog="reflow-lab tables", description="All results of studies on one page.")
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("experiments"), help="of the studies, with results/ in it")
+    args = parser.parse_args(argv)
+    text = page(args.folder)
+    path = args.folder / "README.md"
+    write_atomically(path, lambda p: p.write_text(text))
+    print(f"written: {path}")
+
+
+def page(folder: Path) -> str:
+    """The whole page."""
+    found = {path.parent: results.read(path) for path in sorted((folder / RESULTS).glob(f"*/{results.FILE}"))}
+    names = [str(path.relative_to(folder).with_suffix("")) for path in sorted(folder.rglob("*.yaml"))]
+    sections = [section(folder, name, {at: result for at, result in found.items() if result["study"] == name}) for name in names]
+    return "\n\n".join([INTRODUCTION, *sections]) + "\n"
+
+
+def section(folder: Path, name: str, found: dict[Path, Result]) -> str:
+    """A study with its results, or with the command that makes them."""
+    study = read(folder / f"{name}.yaml")
+    title = f"## [{name}]({name}.yaml): {study.title}"
+    if not found:
+        return f"{title}\n\nNot run: `{how(name)}`{unknown(study)}"
+    return "\n\n".join([title, *(told(folder, at, result) for at, result in found.items())])
+
+
+def how(name: str) -> str:
+    """The command that runs a study."""
+    group, _, short = name.rpartition("/")
+    return f"make table-{short}" if group == "simple_reflow" else f"reflow-lab study study={name}"
+
+
+def unknown(study: Study) -> str:
+    """The paper's numbers of a study that was not run."""
+    known = [(row.name, data, found) for row in study.rows for data, found in row.paper.items()]
+    said = "; ".join(f"{name}, {data}: {found['value']} [{found['source']}]" for name, data, found in known)
+    return f"\n\nThe paper ({study.paper}): {said}" if said else ""
+
+
+def told(folder: Path, at: Path, result: Result) -> str:
+    """A result: how it was made, its primary table, the effects."""
+    metric, cells = result["metric"], result["cells"]
+    where = at.relative_to(folder)
+    more = f"[the whole table]({where}/table.md)" if (at / "table.md").exists() else f"[its cells]({where}/{results.FILE})"
+    lines = [f"On {result['data']}: `{result['command']}`; {more}, seal `{result[results.SEAL]}`.", table.heading(result)]
+    lines += [f"**{metric}**, {table.meaning(metric, cells)}:", "\n".join(table.grid(result, metric))]
+    if result["effects"]:
+        lines += ["Effects:", "\n".join(table.effect_lines(result, metric))]
+    return "\n\n".join(lines)
