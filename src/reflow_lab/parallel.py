@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from .errors import UserError
 
 if TYPE_CHECKING:  # what only asks for the rank starts light
-    from lightning.fabric.plugins.environments import ClusterEnvironment
+    from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
     from torch import Tensor
 
 T = TypeVar("T")
@@ -77,7 +77,9 @@ def environment(num: int) -> "ClusterEnvironment":
     SLURM's requeueing is left to the batch script: a run that is started again goes on from its checkpoint by itself. Raises a
     `UserError` for a SLURM job that Lightning refuses.
     """
-    from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+    from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
     if num == 1:
         return LightningEnvironment()

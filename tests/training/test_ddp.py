@@ -24,6 +24,7 @@ from reflow_lab.inf.solvers import Euler
 from reflow_lab.lrn.couplings import IndependentPairs, MinibatchOTPairs, Mixture, intersections
 from reflow_lab.lrn.online import OnlinePairs
 from reflow_lab.training import processes
+from reflow_lab.training import train as training
 from reflow_lab.training.module import FlowModule
 from reflow_lab.training.train import train
 from toy import SMALL, config, teacher_file
@@ -240,6 +241,14 @@ def test_the_processes_rows_make_up_the_global_batch(kinds, num):
 def test_rows_of_parts():
     assert intersections({"a": 3, "b": 5}, range(2, 4)) == {"a": range(2, 3), "b": range(0, 1)}
     assert [len(own) for own in intersections({"a": 3, "b": 5}, range(4, 8)).values()] == [0, 4]
+
+
+def test_a_learned_loss_weight_starts_from_the_seed_alone(tmp_path):
+    first = training.loss(config("train", tmp_path, *LEARNED)).state_dict()
+    torch.rand(1)
+    for seed, same in ((0, True), (1, False)):
+        again = training.loss(config("train", tmp_path, *LEARNED, f"seed={seed}")).state_dict()
+        assert all(torch.equal(first[key], again[key]) for key in first) is same
 
 
 def test_masks_of_dropout_differ_between_processes_and_stay_those_of_one():
