@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 import tiny
@@ -258,6 +261,34 @@ def test_masks_of_dropout_differ_between_processes_and_stay_those_of_one():
         return torch.rand(4)
 
     assert torch.equal(mask(0), mask(0)) and not torch.equal(mask(0), mask(16))
+
+
+def of_no_class(cfg, made):
+    instantiate({"_target_": "no.such.Weight"})
+
+
+def of_a_bug(cfg, made):
+    raise IndexError("a bug")
+
+
+@pytest.mark.parametrize(
+    ("failing", "status", "said"),
+    [(of_no_class, 2, r".*no\.such\.Weight.*"), (of_a_bug, 1, r"Traceback[\s\S]*IndexError: a bug")],
+)
+def test_a_process_words_a_mistake_as_the_command_does(tmp_path, monkeypatch, failing, status, said):
+    monkeypatch.setattr(processes, "end_with_parent", lambda: None)
+    monkeypatch.setattr(training, "train_here", failing)
+    OmegaConf.save(config("train", tmp_path, *LEARNED), tmp_path / "config.yaml", resolve=True)
+    assert processes.main(tmp_path) == status
+    assert re.fullmatch(said, processes.report(tmp_path, 0).read_text().strip())
+
+
+def test_what_another_torchrun_said_is_not_passed_on(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    found = processes.environment(1, 2, 4711)
+    assert "TORCHELASTIC_USE_AGENT_STORE" not in found and found["OMP_NUM_THREADS"] == "3"
+    assert [found[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")] == ["1", "1", "2", "4711"]
 
 
 # the launcher, with processes that start in no time

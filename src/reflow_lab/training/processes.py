@@ -22,6 +22,8 @@ from types import FrameType
 from omegaconf import DictConfig, OmegaConf
 
 from ..errors import UserError
+from ..hydra_errors import explain
+from ..parallel import rank
 
 POLL_S = 0.1
 GRACE_S = 5.0  #: for the others, when one process has failed: those of the same failure say so, those that wait for it end
@@ -62,11 +64,15 @@ def started(command: Sequence[str], num: int) -> Iterator[Workers]:
 
 
 def environment(number: int, num: int, port: int) -> dict[str, str]:
-    """The variables of process `number` of `num`: torchrun's, our search path, and its part of the processor's threads."""
+    """The variables of process `number` of `num`: torchrun's, our search path, and its part of the processor's threads.
+
+    Not what a torchrun that started us alone says of its own meeting point.
+    """
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
     own = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": num, "LOCAL_WORLD_SIZE": num, "MASTER_PORT": port}
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num))}
     fixed = {"MASTER_ADDR": "127.0.0.1", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    return threads | os.environ | fixed | {name: str(value) for name, value in own.items()}
+    return threads | ours | fixed | {name: str(value) for name, value in own.items()}
 
 
 def free_port() -> int:
@@ -131,7 +137,6 @@ def end_with_parent() -> None:
 
 def main(folder: Path) -> int:
     """One process's part; its exit status: 0, 130 after a signal, 2 after a user's mistake, else 1; `folder` takes the reason."""
-    from ..parallel import rank
     from .train import plan, train_here
 
     end_with_parent()
@@ -141,12 +146,10 @@ def main(folder: Path) -> int:
         train_here(loaded, plan(loaded))
     except KeyboardInterrupt:
         return 130
-    except UserError as error:
-        report(folder, rank()).write_text(str(error))
-        return 2
-    except Exception:
-        report(folder, rank()).write_text(traceback.format_exc())
-        return 1
+    except Exception as error:
+        line = explain(error)
+        report(folder, rank()).write_text(line or traceback.format_exc())
+        return 2 if line else 1
     return 0
 
 
