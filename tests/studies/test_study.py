@@ -124,6 +124,17 @@ def test_a_failing_row_stops_no_other_and_is_named_at_the_end(toy, run, work):
     assert "wild seed 1" in line and "wild" not in Path("here/table.md").read_text()
 
 
+@pytest.mark.parametrize("launcher", ["joblib", pytest.param("submitit_local", marks=pytest.mark.slow)])
+def test_any_launcher_runs_the_rows(toy, run, work, launcher):
+    """Side by side in processes that share teacher's samples and pairs: the same cells but for their times."""
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher.removesuffix('_local')}_launcher")
+    timed = ("ms_per_image", "training", "run")
+    write(work, overrides=SHORT)
+    assert run("out=one", f"outputs={work}/one")[0] == run("out=many", f"outputs={work}/many", f"launcher={launcher}")[0] == 0
+    one, many = ([{k: v for k, v in cell.items() if k not in timed} for cell in cells(name)] for name in ("one", "many"))
+    assert one == many and len(stores(work / "many")) == 2
+
+
 def test_a_row_may_be_guided_by_an_earlier_one(toy, run, work):
     """Away from its run of the same seed; at weight 0 that is no guidance, beside that it is."""
     led = ["inf/guidance=auto", "inf.guidance.weight="]
