@@ -82,6 +82,16 @@ def test_images_against_their_teacher(images: Lab) -> None:
     assert not any("fid" in name.lower() for name in metrics)
 
 
+def test_batches_of_any_size_give_the_same_distance(images: Lab) -> None:
+    """End to end, float32: samples and features move by rounding alone."""
+    few, one = (
+        evaluate.evaluate(images.config("evaluate", f"run={images.teacher}", "nfe=2", f"evaluation.batch_size={size}"))
+        for size in (10, 64)
+    )
+    for name in ("fd_lite0", "fd_lite0_teacher", "paired_rmse"):
+        assert few[name] == pytest.approx(one[name], rel=1e-5)
+
+
 def test_distance_falls_with_steps_to_the_floor(tmp_path: Path) -> None:
     found = [evaluate.measured(gaussian_config(tmp_path, f"nfe={nfe}", "inf=baseline"), EXACT) for nfe in (1, 2, 4, 8, 24)]
     distances = [metrics["fd_points"] for metrics in found]
