@@ -9,6 +9,7 @@ import pytest
 import tiny
 from reflow_lab import cli
 from reflow_lab.training import train
+from test_tracking import Offline
 
 LAUNCHERS = ["local", "joblib", "submitit_local"]
 JOBS = """
@@ -97,17 +98,27 @@ def test_a_launcher_that_is_not_installed(capfd):
 
 
 TRAINING = ["experiment=toy_base", *tiny.COMMON, "data.num_points=2000", "net.network.width=32", "evaluation.num_images=1000"]
-SWEPT = ["seed=0,1", "training.lr=1e-3,2e-3"]
+SWEPT = ["seed=0,1", "dyn/time=uniform,exponential"]
+LOGGED = ["logger=wandb", "logger.offline=true", "logger.group=ladder", "logger.tags=[mine]"]
 
 
 @pytest.mark.parametrize("launcher", [LAUNCHERS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in LAUNCHERS[1:])])
-def test_four_jobs_four_folders(tmp_path, monkeypatch, launcher):
+def test_four_jobs_four_folders_four_runs_of_wandb(tmp_path, monkeypatch, launcher):
     monkeypatch.chdir(tmp_path)
-    command = ["train", "-m", *TRAINING, *SWEPT, f"launcher={launcher}"]
-    assert cli.main(command) == 0
-    recipes = [json.loads(path.read_text())["config"] for path in tmp_path.glob("outputs/train/*/recipe.json")]
-    assert sorted((r["seed"], r["training"]["lr"]) for r in recipes) == [(0, 1e-3), (0, 2e-3), (1, 1e-3), (1, 2e-3)]
+    assert cli.main(["train", "-m", *TRAINING, *SWEPT, *LOGGED, f"launcher={launcher}", f"outputs={tmp_path}/outputs"]) == 0
+    recipes = {p.parent.name: json.loads(p.read_text())["config"] for p in tmp_path.glob("outputs/train/*/recipe.json")}
+    jobs = {key: (r["seed"], r["dyn"]["time"]["_target_"].rpartition(".")[2]) for key, r in recipes.items()}
+    assert sorted(jobs.values()) == [(0, "Exponential"), (0, "Uniform"), (1, "Exponential"), (1, "Uniform")]
     assert len(list(tmp_path.glob("outputs/train/*/done.json"))) == 4
+    runs = [Offline(path) for path in tmp_path.glob("outputs/wandb/offline-run-*/run-*.wandb")]
+    assert {run.run.run_id for run in runs} == set(jobs) and len(runs) == 4
+    for run in runs:
+        seed, time = jobs[run.run.run_id]
+        on = ["time"] if time == "Exponential" else []
+        assert (run.run.run_group, run.run.job_type) == ("ladder", "train")
+        assert [*run.run.tags] == [*on, "grid", "solver", "inf", "TwoMoons", "mine"]
+        assert run.config["seed"] == seed and run.config["dyn"]["time"]["_target_"].endswith(f".{time}")
+        assert run.values("loss")
 
 
 def test_a_repeated_sweep_skips_what_is_done(tmp_path, monkeypatch):
