@@ -92,6 +92,12 @@ def test_a_killed_job_of_joblib(sweep):
     assert status == 1 and "reflow-lab: a job's process was killed" in err and "Traceback" not in err
 
 
+def test_slurm_that_is_not_there(sweep, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    status, _, err, _ = sweep("launcher=slurm", "seed=0,5", "hydra.launcher.partition=gpu")
+    assert status == 2 and err.splitlines()[-1].startswith("reflow-lab: launcher=slurm: there is no srun here")
+
+
 def test_a_launcher_that_is_not_installed(capfd):
     assert cli.main(["train", "launcher=ray"]) == 2
     assert capfd.readouterr().err == "reflow-lab: launcher=ray: not installed; pip install reflow_lab[ray]\n"

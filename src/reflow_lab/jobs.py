@@ -37,7 +37,7 @@ def collected() -> Iterator[list[Job]]:
     """The jobs of the sweep that runs meanwhile, in order; a failed one is listed, where Hydra's sweeper would raise its error.
 
     Hydra prints a line of its own before it raises a job's error; outside of a sweep a user error is raised alone, since it
-    says all in its one line. Raises `JobsFailed` where a killed process took the launcher with it.
+    says all in its one line. Raises `JobsFailed` where a killed process took the launcher with it, `UserError` without SLURM.
     """
     from hydra.core.utils import JobReturn, JobStatus
 
@@ -59,6 +59,10 @@ def collected() -> Iterator[list[Job]]:
         yield found
     except BrokenProcessPool:
         raise JobsFailed(KILLED) from None
+    except RuntimeError as error:
+        if "srun" not in str(error):
+            raise
+        raise UserError("launcher=slurm: there is no srun here; type the command where you type sbatch") from None
     finally:
         JobReturn.return_value = hydras  # type: ignore[method-assign]
 

@@ -234,9 +234,11 @@ def with_sampler(cfg: DictConfig, sampler: Sampler) -> DictConfig:
 
 def configured(cfg: DictConfig, settings: Settings) -> dict[str, Value] | None:
     """The values that the configuration has, the first trial; None where some lie outside of what is searched."""
-    choices = HydraConfig.get().runtime.choices
-    values = {n: choices.get(p.key) if "/" in p.key else OmegaConf.select(cfg, p.key) for n, p in settings.parameters.items()}
-    return values if all(p.has(values[name]) for name, p in settings.parameters.items()) else None
+    choices, parameters = HydraConfig.get().runtime.choices, settings.parameters
+    values: dict[str, Any] = {
+        name: choices.get(p.key) if "/" in p.key else OmegaConf.select(cfg, p.key) for name, p in parameters.items()
+    }
+    return values if all(p.has(values[name]) for name, p in parameters.items()) else None
 
 
 def plan(settings: Settings, base: DictConfig, fresh: Setup) -> Artifact:
