@@ -202,4 +202,5 @@ def test_a_real_run(toy, capsys):
     capsys.readouterr()
     (run,) = [run for run in listed(capsys, toy.outputs) if run["key"] == toy.teacher.name]
     assert run["what"] == "base flow" and run["state"] == "done" and run["images"] == 195 * 256
-    assert [(c["nfe"], c["value"]) for c in run["evaluations"]] == [(4, metrics[f"{metrics['distance']}_teacher"])]
+    values = [c["value"] for c in run["evaluations"] if c["nfe"] == 4]
+    assert values == [metrics[f"{metrics['distance']}_teacher"]]
