@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import struct
 import time
 
@@ -333,9 +334,19 @@ def newcomer(tmp_path, monkeypatch):
     wandb.teardown()
 
 
-def test_a_server_that_cannot_be_reached_is_one_warning(tmp_path, newcomer, capfd):
+@pytest.fixture(params=["refuses", pytest.param("hangs", marks=pytest.mark.slow)])
+def dead_server(request):
+    """An address where nobody listens, or somebody who never answers."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        if request.param == "hangs":
+            found.listen(50)
+        yield f"http://127.0.0.1:{found.getsockname()[1]}"
+
+
+def test_a_server_that_cannot_be_reached_is_one_warning(tmp_path, newcomer, dead_server, capfd):
     """The training and the pairs before it each have a run: the second does not wait again."""
-    newcomer.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    newcomer.setenv("WANDB_BASE_URL", dead_server)
     newcomer.setenv("WANDB_API_KEY", "0" * 40)
     teacher = teacher_file(tmp_path / "teacher.safetensors")
     words = ["dyn=baseline", "lrn=baseline", "teacher=run", f"teacher.path={teacher}", "logger.timeout_s=1"]
@@ -360,6 +371,7 @@ def test_a_malformed_key_is_one_warning(newcomer, capfd):
 
 
 def test_what_is_wanted_online(tmp_path, newcomer):
+    newcomer.setattr(tracking, "require_answer", lambda *_: None)
     tmp_path.joinpath("netrc").write_text(f"machine api.wandb.ai login user password {'0' * 40}\n")
     assert tracking.is_online(tracking.WandB("p")) and not tracking.is_online(tracking.WandB("p", offline=True))
     newcomer.setenv("WANDB_MODE", "offline")

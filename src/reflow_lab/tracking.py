@@ -165,12 +165,23 @@ def is_online(settings: WandB) -> bool:
         return False
     try:
         if wandb.login(prompt=False, verify=False):
+            require_answer(wandb.setup().settings.base_url, settings.timeout_s)
             return True
-    except wandb.Error as error:  # a key that can be none
+    except (wandb.Error, OSError) as error:  # a key that can be none, or no server
         give_up(error)
         return False
     _say("W&B: no API key (`wandb login` stores one): runs are kept offline, for `wandb sync`")
     return False
+
+
+def require_answer(server: str, timeout_s: float) -> None:
+    """Raise an `OSError` unless a server answers, whatever it says.
+
+    Asked before W&B's own service is: that one keeps trying what it has begun, and waits for it when the process ends.
+    """
+    import requests
+
+    requests.get(f"{server}/healthz", timeout=timeout_s).close()
 
 
 _GIVEN_UP: list[str] = []  #: why the server was left alone
