@@ -1,0 +1,59 @@
+"""The derivative of a mean velocity along a direction in (x, t, s): exact by forward mode, or by one difference."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import require
+from ..flow import MeanVelocity, append_dims
+
+if TYPE_CHECKING:
+    from .objectives import Point
+
+Tangent = tuple[Tensor, Tensor, Tensor]  #: of x_t (n, ...), t (n,) and s (n,)
+
+
+class Derivative(Protocol):
+    """dF along a tangent."""
+
+    def __call__(self, student: MeanVelocity, at: "Point", tangent: Tangent, F: Tensor) -> Tensor:
+        """(n, ...), without gradient; F = student(x_t, t, s) is known."""
+        ...
+
+
+@dataclass(frozen=True)
+class Exact:
+    """By forward-mode automatic differentiation: one call with dual numbers, about 2 forward passes.
+
+    Attention and normalisation of this lab's networks have forward-mode derivatives; of fused attention kernels only the math
+    backend has (networks/attention.py).
+    """
+
+    def __call__(self, student: MeanVelocity, at: "Point", tangent: Tangent, F: Tensor) -> Tensor:
+        """See `Derivative`."""
+        with torch.no_grad():
+            _, derivative = torch.func.jvp(lambda x, t, s: student(x, t, s), (at.x_t, at.t, at.s), tangent)
+        return derivative.to(at.x_t.dtype)
+
+
+@dataclass(frozen=True)
+class FiniteDifference:
+    """(F(x + h dx, t + h dt, s + h ds) - F) / h: one more forward pass, in float32 or better.
+
+    The error is h/2 times the second derivative plus rounding over h. The step goes towards the interior, where a network was
+    trained: backwards in time where t + h would leave [0, 1] or s would pass t.
+    """
+
+    h: float = 5e-3
+
+    def __post_init__(self) -> None:
+        require(0 < self.h < 0.1, "flow_map.objective.derivative.h", self.h, "a number in (0, 0.1)")
+
+    def __call__(self, student: MeanVelocity, at: "Point", tangent: Tangent, F: Tensor) -> Tensor:
+        """See `Derivative`."""
+        dx, dt, ds = tangent
+        h = torch.where((at.t + self.h * dt > 1) | (at.s + self.h * ds > at.t), -self.h, self.h)
+        moved = student(at.x_t + append_dims(h, at.x_t) * dx, at.t + h * dt, at.s + h * ds)
+        return (moved.to(at.x_t.dtype) - F) / append_dims(h, at.x_t)
