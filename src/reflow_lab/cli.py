@@ -194,7 +194,7 @@ def _task(name: str, command: list[str]) -> Callable[[Any], Any]:
     from hydra.types import RunMode
 
     def task(cfg: Any) -> Any:
-        sys.argv = command  # Lightning starts the other processes of a run by repeating sys.argv: the verb must be in it
+        sys.argv = command  # with its verb, as loggers note it
         here = str(Path.cwd())
         if here not in sys.path:
             sys.path.append(here)  # a user's `_target_: my_module.MySolver`; last, so that nothing installed is shadowed

@@ -319,9 +319,9 @@ def stored(cfg: DictConfig, folder: Path) -> None:
 def evaluated(cfg: DictConfig, source: str | Path, cells: Sequence[Mapping[str, Any]]) -> None:
     """Add evaluations to the run of the training whose folder, or a weight file of which, `source` is.
 
-    Every metric becomes `METRIC/nfeN` of its summary; the distances of all its evaluations so far are plotted against N. Of two
-    with one number of steps the later one stays; what is there already is not told again. Weights of no run of ours are left
-    out, and that is said.
+    Another sampler or guidance than the one that the training names has a run of its own, of job type `evaluate`. Every metric
+    becomes `METRIC/nfeN` of the summary; the distances of all evaluations so far are plotted against N. Of two with one number of
+    steps the later one stays; what is there already is not told again. Weights of no run of ours are left out, and that is said.
     """
     settings, folder = chosen(cfg), run_folder(Path(source))
     if settings is None:
@@ -329,22 +329,36 @@ def evaluated(cfg: DictConfig, source: str | Path, cells: Sequence[Mapping[str, 
     if folder is None:
         _say(f"W&B: {source} belongs to no training run, so its evaluation is kept on the disk alone")
         return
-    path = kept(folder.parents[1], folder.name) / "evaluations.json"
+    training = OmegaConf.load(folder / "config.yaml")
+    assert isinstance(training, DictConfig)
+    about = about_sampling(cfg, training, folder, settings)
+    path = kept(folder.parents[1], about.id) / "evaluations.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock(path.with_name(".evaluations.lock")):
         before = read_json(path) if path.exists() else {}
         known = before | {f"{cell['protocol']['nfe']:g}": summarised(cell) for cell in cells}
         if known != before:
-            add(settings, folder, known)
+            add(settings, about, training, folder, known)
             write_json(path, known)
 
 
-def add(settings: WandB, folder: Path, known: Mapping[str, Any]) -> None:
-    """Open the run of a training and put its evaluations in."""
-    training = OmegaConf.load(folder / "config.yaml")
-    assert isinstance(training, DictConfig)
-    with opened(settings, folder.parents[1], about_training(training, folder, settings)) as run:
-        replay(run, folder, training.training.batch_size)
+def about_sampling(cfg: DictConfig, training: DictConfig, folder: Path, settings: WandB) -> About:
+    """The run of a training, or, with another sampler than it names, one for that sampler."""
+    sampler = parts.plain(cfg.inf)
+    if sampler == parts.plain(training.inf):
+        return about_training(training, folder, settings)
+    config, by = parts.plain(training) | {"inf": sampler}, made_by()
+    key = digest([folder.name, sampler])
+    tags = dict.fromkeys([*runs.tags(config), *settings.tags])
+    name = cfg.name or by.get("row") or f"{folder.name} {key[:4]}"
+    return About(key, name, "evaluate", settings.group or by.get("study"), [*tags], config)
+
+
+def add(settings: WandB, about: About, training: DictConfig, folder: Path, known: Mapping[str, Any]) -> None:
+    """Open a run and put evaluations in; that of the training itself is told whole again."""
+    with opened(settings, folder.parents[1], about) as run:
+        if about.id == folder.name:
+            replay(run, folder, training.training.batch_size)
         if (cost := folder / "cost.json").exists():
             run.summary.update(read_json(cost))
         show(run, known, images_seen(training))

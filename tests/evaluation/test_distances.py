@@ -33,7 +33,7 @@ def test_given_the_same_features_the_distance_is_torch_fidelitys() -> None:
     expected = fid_statistics_to_metric(*map(fid_features_to_statistics, (MADE, REAL)), False)["frechet_inception_distance"]
     metric = FrechetDistance(Reference.of(REAL), "inception")
     metric.update(MADE)
-    assert float(metric.compute()["fid"]) == pytest.approx(expected, rel=1e-6)
+    assert float(metric.compute()["fd_inception"]) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("size", [2, 50, NUM])
@@ -141,11 +141,10 @@ def test_two_processes_find_what_one_does(tmp_path: Path) -> None:
     assert found[0] == found[1] == pytest.approx(at_once(), rel=1e-9)
 
 
-def test_only_inceptions_distances_are_called_fid_and_kid() -> None:
-    names = [
-        metrics.distance_name(kind, network) for kind in ("fd", "kd") for network in ("inception", "inception_1234", "lite0")
-    ]
-    assert names == ["fid", "fd_inception_1234", "fd_lite0", "kid", "kd_inception_1234", "kd_lite0"]
+def test_only_inceptions_kernel_distance_is_called_kid_and_no_distance_fid() -> None:
+    names = [metrics.kernel_name(network) for network in ("inception", "inception_1234", "lite0")]
+    assert names == ["kid", "kd_inception_1234", "kd_lite0"]
+    assert FrechetDistance(Reference.of(torch.randn(100, 6)), "inception").name == "fd_inception"
 
 
 def test_few_samples_are_refused_or_warned_of(capsys) -> None:  # type: ignore[no-untyped-def]

@@ -230,7 +230,7 @@ def test_an_edited_file_is_refused(measure) -> None:  # type: ignore[no-untyped-
 
 MISTAKES = {
     "evaluation.num_images=3000": "evaluation.num_images=3000: the split reference has only 2000",
-    "evaluation.num_images=1": "evaluation.num_images=1: must be a whole number of at least 2",
+    "evaluation.num_images=1": "evaluation.num_images=1: must be a whole number of at least 50",
     "evaluation.batch_size=0": "evaluation.batch_size=0: must be",
     "evaluation.num_resamples=1": "evaluation.num_resamples=1: must be",
     "evaluation.straightness.nfe=0": "evaluation.straightness.nfe=0: must be",

@@ -161,7 +161,7 @@ MISTAKES = {
     "evaluation.search.seed=1000": "must differ from evaluation.seed and pairs.seed",
     "evaluation.search.seed=-1": "must be a whole number of at least 0",
     "evaluation.search.num_trials=2": "must be a whole number of at least 3",
-    "evaluation.search.num_images=1": "must be a whole number of at least 2",
+    "evaluation.search.num_images=1": "must be a whole number of at least 50",
     "evaluation.search.num_images=5000": "the split reference has only 2000 samples",
 }
 

@@ -18,7 +18,7 @@ from reflow_lab.studies.description import find
 ROWS = ["native sampler", "INF alone", "INF searched", "+LRN", "+DYN"]
 SMALL = [
     *["debug=tiny", "trainer=cpu", "precision=32-true", "training.lr=1e-4", "pairs.num_forward=64", "training.total_kimg=0.32"],
-    *["evaluation.num_images=32", "evaluation.search.num_images=32", "evaluation.features.resolution=32"],
+    *["evaluation.num_images=50", "evaluation.search.num_images=50", "evaluation.features.resolution=32"],
     *["evaluation.straightness.num_images=4", "evaluation.straightness.nfe=3", "evaluation.search.num_trials=4"],
 ]
 
@@ -64,7 +64,7 @@ def test_the_study_takes_an_imported_network(imported):
     assert "| native sampler | HeunSigma on EDM(rho=7.0, sigma_min=0.002) |" in page
     assert "| INF alone | DPM(r=0.4) on Sigmoid(kappa=10.0) |" in page
     assert re.search(r"\| INF searched against INF alone \| [+-]\d", page)
-    searched = [json.loads(path.read_text()) for path in Path("outputs/search").glob("*/search.json")]
+    searched = [json.loads(path.read_text()) for path in Path("outputs/sampler").glob("*/search.json")]
     assert [len(found["trials"]) for found in searched] == [4] * 3  # of three models
 
 

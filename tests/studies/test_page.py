@@ -55,6 +55,15 @@ def test_a_changed_result_is_refused_and_the_page_stays(folder, capsys):
     assert (folder / "README.md").read_text() == before
 
 
+def test_a_file_that_is_no_study_keeps_no_other_from_the_page(folder):
+    (folder / "group" / "wrong.yaml").write_text("title: [")
+    page.main([str(folder)])
+    text = (folder / "README.md").read_text()
+    assert "wrong.yaml: not a study" in text and "About mine" in text
+    with pytest.raises(UserError, match=r"^FOLDER=nowhere: no such folder"):
+        page.main(["nowhere"])
+
+
 def test_the_committed_page_is_made_of_the_committed_results(tmp_path):
     copy = tmp_path / "experiments"
     shutil.copytree(EXPERIMENTS, copy)

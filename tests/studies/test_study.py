@@ -121,7 +121,8 @@ def test_a_failing_row_stops_no_other_and_is_named_at_the_end(toy, run, work):
     assert status == 1 and {cell["name"] for cell in cells("here")} == {"base flow", "BSL", "+time"}
     (line,) = errors
     assert line.startswith("reflow-lab: 2 of 8 runs failed, and their rows are not in the table: wild seed 0: loss=")
-    assert "wild seed 1" in line and "wild" not in Path("here/table.md").read_text()
+    said = Path("here/table.md").read_text()
+    assert "wild seed 1" in line and "Not in the table, since they failed: wild seed 0: loss=" in said and "| wild" not in said
 
 
 @pytest.mark.parametrize("launcher", ["joblib", pytest.param("submitit_local", marks=pytest.mark.slow)])
@@ -197,6 +198,28 @@ def test_a_row_is_taught_by_an_earlier_one_and_measured_against_the_studys_teach
             assert recipe["seed"] == 1000 + int(name[-1]) - 1  # noise that its teacher has not seen
     assert len({row["protocol"]["teacher"] for row in rows}) == 1
     assert len(stores(outputs)) == 1 + 1 + 2 * 2  # held out; the study's teacher's, shared; one of k = 1 and 2 a seed
+
+
+def test_a_taught_row_alone_is_made_with_what_it_needs(toy, run, work):
+    write(work, overrides=SHORT, rows=AGAIN[:2], nfe=[2])
+    assert run("out=whole")[0] == 0 and run("out=alone", 'rows=["k = 2"]')[0] == 0
+    assert cells("alone") == [cell for cell in cells("whole") if cell["name"] == "k = 2"]
+
+
+def test_a_part_of_a_table_does_not_replace_the_whole(toy, run, work):
+    write(work, overrides=SHORT)
+    run("out=here")
+    whole = Path("here/table.json").read_bytes()
+    assert run("out=here", "rows=[BSL]")[0] == 0
+    assert Path("here/table.json").read_bytes() == whole and {cell["name"] for cell in cells("here/partial")} == {"BSL"}
+    assert run("out=here", "seeds=2")[0] == 0 and {cell["seed"] for cell in cells("here")} == {0, 1}
+
+
+def test_a_taught_rows_noise_is_not_that_of_the_evaluation(run, work, forbid_training):
+    write(work, overrides=SHORT, rows=AGAIN[:2])
+    forbid_training()
+    status, _, errors = run("evaluation.seed=1001")
+    assert status == 2 and errors[0].startswith("reflow-lab: k = 2: pairs.seed=1001: is the noise of evaluation.seed")
 
 
 def test_a_study_may_train_its_own_teacher(toy, run, work):
@@ -318,9 +341,10 @@ MISTAKES = {
         {"rows": [*AGAIN[:2], {**AGAIN[2], "overrides": ["training.batch_size=400"]}]},
         "training.batch_size=400: takes 200 backward",
     ),
-    "name=v": ({"rows": [*AGAIN[:2], {**AGAIN[2], "overrides": ["dyn/time=none"]}]}, "dyn/time=none: no such member"),
-    "name=y": ({"rows": [*ROWS, {"name": "z", "overrides": ["dyn/weight=none"]}]}, "dyn/weight=none: no such member"),
+    "name=v": ({"rows": [*AGAIN[:2], {**AGAIN[2], "overrides": ["dyn/time=none"]}]}, "k = 3: dyn/time=none: no such member"),
+    "name=y": ({"rows": [*ROWS, {"name": "z", "overrides": ["dyn/weight=none"]}]}, "z: dyn/weight=none: no such member"),
     "inf/grid=listed": ({}, "grid.times="),
+    "inf/guidance=cfg": ({}, "inf.guidance=cfg: this flow is unconditional"),
 }
 
 

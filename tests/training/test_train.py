@@ -167,6 +167,16 @@ def test_after_an_exception_it_goes_on_to_the_same_bits(tmp_path, monkeypatch, u
     assert seen[0] == (STOP if every_s == 0 else 0) and not (folder / "last.ckpt").exists()
 
 
+def test_an_interrupted_upload_loses_no_training(tmp_path, monkeypatch, undisturbed):
+    """A logger may take minutes at the end, when all is trained."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training.Loggers, "trained", lambda *_: signal.raise_signal(signal.SIGINT))
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        train(config("train", tmp_path, *BASE))
+    monkeypatch.setattr(training, "fit", None)
+    assert outcome(train(config("train", tmp_path, *BASE))) == outcome(undisturbed)
+
+
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, monkeypatch, undisturbed, capsys):
     cfg = config("train", tmp_path, *BASE)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -27,6 +27,7 @@ from ..inf.solvers import Euler, TwoCall
 from ..lrn.store import pair_labels, pair_noise
 from ..networks import files
 from ..noise import Indices, chunks
+from ..parallel import rank, take_own_gpu
 from ..parts import Teacher
 from . import scores, vectors
 from .features import identity
@@ -34,7 +35,7 @@ from .frechet import Linearised
 from .inception import NUM_LOGITS, InceptionFeatures
 from .intervals import interval, linear_bootstrap, mean_bootstrap
 from .memory import peak_memory_mb
-from .metrics import warn_of_few
+from .metrics import FLOOR, warn_of_few
 from .paired import BANDS, feature_distance, paired_mse, paired_mse_by_band
 from .straightness import sample_straightness
 from .targets import (
@@ -65,6 +66,7 @@ NUM_SHOWN = {"images": 64, "points": 800}  #: first samples kept, for pictures
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """Measure `run` at `nfe`, or read the result if it is there; prints a line and returns the metrics."""
+    take_own_gpu()
     run = parts.described(files.find(parts.require_run(cfg.run), cfg.profile), parts.data_source(cfg), "run")
     if OmegaConf.is_missing(cfg.teacher, "path"):  # an experiment that wants a teacher, given none: the data will do
         cfg.teacher.path = None
@@ -74,8 +76,9 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     check(cfg)
     found = [settled(one, run) for one in by_seed(cfg)]
     metrics = over_seeds([measured(one, run) for one in found])
-    print(f"{run.path}, {sampler_words(found[0], metrics)}: {metrics['folder']}")
-    print(summary(metrics))
+    if rank() == 0:
+        print(f"{run.path}, {sampler_words(found[0], metrics)}: {metrics['folder']}")
+        print(summary(metrics))
     tracking.evaluated(cfg, run.path, [metrics])
     return metrics
 
@@ -132,7 +135,7 @@ def check(cfg: DictConfig) -> None:
     """Raise a `UserError` for settings under which no cell could be measured, before any of the work."""
     parts.check(cfg)
     options, grid_steps = cfg.evaluation, ("straightness.num_images", "straightness.nfe")
-    lows = {"num_images": 2, "num_seeds": 1, "num_resamples": 2, "seed": 0, "batch_size": 1, **dict.fromkeys(grid_steps, 1)}
+    lows = {"num_images": FLOOR, "num_seeds": 1, "num_resamples": 2, "seed": 0, "batch_size": 1, **dict.fromkeys(grid_steps, 1)}
     for key, low in lows.items():
         value = OmegaConf.select(options, key)
         require(isinstance(value, int) and value >= low, f"evaluation.{key}", value, f"must be a whole number of at least {low}")
@@ -160,7 +163,7 @@ def check_search(cfg: DictConfig) -> None:
     search = cfg.evaluation.search
     auto.check(search.num_trials)
     parts.require_whole("evaluation.search.seed", search.seed, 0)
-    parts.require_whole("evaluation.search.num_images", search.num_images, 2)
+    parts.require_whole("evaluation.search.num_images", search.num_images, FLOOR)
     used = (*range(cfg.evaluation.seed, cfg.evaluation.seed + cfg.evaluation.num_seeds), cfg.pairs.seed)
     others = "must differ from evaluation.seed and pairs.seed: a sampler is reported on noise that it was not chosen on"
     require(search.seed not in used, "evaluation.search.seed", search.seed, others)
@@ -185,7 +188,7 @@ def settled(cfg: DictConfig, run: Teacher) -> DictConfig:
     tuning.evaluation.seed, tuning.evaluation.num_images = cfg.evaluation.search.seed, cfg.evaluation.search.num_images
     fixed = {key: value for key, value in protocol(tuning, run).items() if key not in ("solver", "grid")}
     how = {"search": parts.plain(cfg.evaluation.search), "optuna": importlib.metadata.version("optuna")}
-    made = artifact(cfg.outputs, "search", auto.VERSION, **fixed, **how)
+    made = artifact(cfg.outputs, "sampler", auto.VERSION, **fixed, **how)
     found = auto.ensure(made, lambda: tuning_distance(tuning, run), f"sampler for nfe {cfg.nfe}")
     return auto.with_sampler(cfg, found)
 
@@ -211,10 +214,13 @@ def tuning_distance(cfg: DictConfig, run: Teacher) -> Callable[[auto.Nodes], flo
 def measured(cfg: DictConfig, run: Teacher) -> dict[str, Any]:
     """The metrics of one cell of a table, from its artifact; several processes draw its samples together."""
     made = plan(cfg, run)
-    if not made.is_done():
-        drawing = Drawing(cfg, run, made.folder)
-        with vectors.passing(drawing.plan(), made.folder / ".drawn.lock"):
-            rows = vectors.fill(drawing.plan(), drawing.rows, parts.device(cfg), f"{cfg.name or run.hash} nfe {cfg.nfe}")
+    drawn = vectors.plan(
+        cfg.outputs, cfg.evaluation.num_images, sum(columns(cfg).values()), cfg.evaluation.batch_size, cell=made.key
+    )
+    with vectors.passing(drawn, made.folder / ".drawn.lock"):
+        if not made.is_done():
+            drawing = Drawing(cfg, run, made.folder)
+            rows = vectors.fill(drawn, drawing.rows, parts.device(cfg), f"{cfg.name or run.hash} nfe {cfg.nfe}")
             with made.locked():
                 if not made.is_done():
                     made.begin()
@@ -232,7 +238,8 @@ def plan(cfg: DictConfig, run: Teacher) -> Artifact:
 
 def protocol(cfg: DictConfig, run: Teacher) -> dict[str, Any]:
     """How a cell is measured: all that its numbers depend on, hashes of weights and data included."""
-    held = parts.data_source(cfg)
+    held, against = parts.data_source(cfg), about_reference(cfg)
+    metrics = parts.plain(cfg.evaluation.metrics)
     return {
         "weights": run.hash,
         "profile": run.description.get("profile"),
@@ -245,8 +252,8 @@ def protocol(cfg: DictConfig, run: Teacher) -> dict[str, Any]:
         "num_images": cfg.evaluation.num_images,
         "evaluation": {key: value for key, value in parts.plain(cfg.evaluation).items() if key not in NOT_MEASURING},
         "features": identity(feature_network(cfg)),
-        "reference": about_reference(cfg),
-        "scores": scores.about(parts.plain(cfg.evaluation.metrics), cfg.evaluation.num_images),
+        "reference": against,
+        "scores": scores.about(metrics, cfg.evaluation.num_images, against["num_images"]),
         "data": {name: held.split(name).content_hash for name in ("reference", "floor")},
         "teacher": None if cfg.teacher.path is None else teacher_samples_plan(cfg).key,
     }
@@ -283,12 +290,6 @@ class Drawing:
         self.cfg, self.run, self.folder = cfg, run, folder
         self.network = parts.velocity(cfg, run)
         self.velocity, self.peak, self.ms, self.num = CountCalls(self.network), math.nan, list[float](), 0
-
-    def plan(self) -> Artifact:
-        """The artifact of the rows, which are there until the cell is done."""
-        size = self.cfg.evaluation.batch_size
-        about = {"cell": plan(self.cfg, self.run).key}
-        return vectors.plan(self.cfg.outputs, self.cfg.evaluation.num_images, sum(columns(self.cfg).values()), size, **about)
 
     def rows(self, indices: Indices) -> Iterator[Tensor]:
         """What is measured of these samples, float32 (m, width) a batch; raises a `UserError` for samples that are not finite."""

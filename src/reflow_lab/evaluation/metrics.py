@@ -4,7 +4,7 @@ They are fed features, not images, so that a batch passes the network once for a
 
     metrics = MetricCollection([FrechetDistance(reference, network.name), KernelDistance(real, network.name)])
     metrics.update(features=network(images), indices=seeds)
-    metrics.compute()  # {"fid": ..., "kid": ..., "kid_std": ...}
+    metrics.compute()  # {"fd_inception": ..., "kid": ..., "kid_std": ...}
 
 Where several processes take part each feeds samples of its own; `indices` are the samples' numbers (their seeds) over all
 processes, so that subsets and splits are the same however the samples were dealt out.
@@ -27,12 +27,12 @@ from .frechet import Moments, Reference
 
 Numbers = dict[str, Tensor]  #: name -> scalar, float64
 FLOOR = 50  #: samples below which a Fréchet distance is refused
-PUBLISHED_INCEPTION = "inception"  #: the one name of features whose distances are FID and KID
+PUBLISHED_INCEPTION = "inception"  #: the one name of features of which a distance may be FID or KID
 
 
-def distance_name(kind: str, network: str) -> str:
-    """`fid` and `kid` of Inception's published features; of any others `fd_NAME` and `kd_NAME`, which are not they."""
-    return f"{kind[0]}id" if network == PUBLISHED_INCEPTION else f"{kind}_{network}"
+def kernel_name(network: str) -> str:
+    """`kid` of Inception's published features; of any others `kd_NAME`, which is not it."""
+    return "kid" if network == PUBLISHED_INCEPTION else f"kd_{network}"
 
 
 @functools.cache
@@ -43,7 +43,9 @@ def warn_of_few(num: int, dim: int) -> None:
 
 
 class FrechetDistance(Metric):
-    """The Fréchet distance of samples to a reference (Heusel et al., arXiv:1706.08500), called after its features.
+    """The Fréchet distance of samples to a reference (Heusel et al., arXiv:1706.08500), called after its features, `fd_NAME`.
+
+    It bears the name FID only where all of FID's conventions hold, which `targets.distance_name` knows.
 
     Its state is a count, a sum (d,) and a sum of outer products (d, d), float64: memory does not depend on the number of
     samples, and batches and processes add up in any order. Raises a `UserError` below `floor` samples; warns below d + 1.
@@ -57,7 +59,7 @@ class FrechetDistance(Metric):
     def __init__(self, reference: Reference, network: str, floor: int = FLOOR):
         super().__init__()
         require(floor >= 2, "floor", floor, "a covariance needs at least 2 samples")
-        self.reference, self.floor, self.name = reference, floor, distance_name("fd", network)
+        self.reference, self.floor, self.name = reference, floor, f"fd_{network}"
         dim = len(reference.mean)
         self.add_state("num", torch.tensor(0), dist_reduce_fx="sum")
         self.add_state("total", torch.zeros(dim, dtype=torch.float64), dist_reduce_fx="sum")
@@ -123,7 +125,7 @@ class KernelDistance(_Collecting):
         super().__init__()
         require(num_subsets >= 1, "num_subsets", num_subsets, "must be at least 1")
         require(2 <= subset_size <= len(real), "subset_size", subset_size, f"2 to the reference's {len(real)} samples")
-        self.real, self.name = real, distance_name("kd", network)
+        self.real, self.name = real, kernel_name(network)
         self.num_subsets, self.subset_size, self.seed = num_subsets, subset_size, seed
 
     def update(self, features: Tensor, indices: Sequence[int] | np.ndarray | Tensor) -> None:

@@ -28,11 +28,12 @@ def check(names: Any, network: FeatureNetwork, reference: str | None) -> None:
     )
 
 
-def about(names: list[str], num: int) -> dict[str, Any]:
-    """How these metrics are taken of `num` samples, for the protocol."""
+def about(names: list[str], num: int, whole: int | None = None) -> dict[str, Any]:
+    """How these metrics are taken of `num` samples, for the protocol, against as many of the reference, if it has so many."""
+    real = min(num, whole or num)
     how = {
-        "kid": {"subset_size": max(2, min(SUBSET, num // 2)), "num_subsets": 100, "real": num},
-        "precision_recall": {"neighbours": NEIGHBOURS, "real": num},
+        "kid": {"subset_size": max(2, min(SUBSET, real // 2)), "num_subsets": 100, "real": real},
+        "precision_recall": {"neighbours": NEIGHBOURS, "real": real},
         "inception_score": {"num_splits": SPLITS},
     }
     return {name: how[name] for name in names}

@@ -87,6 +87,6 @@ def passing(made: Artifact, use: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_SH)
         yield
-        with contextlib.suppress(OSError):  # another process is still at it, and will remove them
+        with contextlib.suppress(OSError):  # another process is still at it, and will remove them; or there are no locks
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(made.folder, ignore_errors=True)

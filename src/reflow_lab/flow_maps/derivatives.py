@@ -34,7 +34,7 @@ class Exact:
     def __call__(self, student: MeanVelocity, at: "Point", tangent: Tangent, F: Tensor) -> Tensor:
         """See `Derivative`."""
         with torch.no_grad():
-            _, derivative = torch.func.jvp(lambda x, t, s: student(x, t, s), (at.x_t, at.t, at.s), tangent)
+            derivative: Tensor = torch.func.jvp(lambda x, t, s: student(x, t, s), (at.x_t, at.t, at.s), tangent)[1]
         return derivative.to(at.x_t.dtype)
 
 

@@ -1,8 +1,8 @@
 """What a flow map is trained on: Align Your Flow's two distillation objectives (arXiv 2506.14603) and their neighbours.
 
 A student's mean velocity F gives the flow map f(x_t, t, s) = x_t + (s - t) F(x_t, t, s). Each objective is a vector g per sample,
-the direction in which F is wrong, taken without gradient; the loss |F - sg(F - g)|^2 has the gradient 2 g . dF/dtheta. Where F is the
-ODE's own mean velocity, g = 0. Signs and limits are checked in tests/flow_maps/test_objectives.py.
+the direction in which F is wrong, taken without gradient; the loss |F - sg(F - g)|^2 has the gradient 2 g . dF/dtheta. Where F is
+the ODE's own mean velocity, g = 0. Signs and limits are checked in tests/flow_maps/test_objectives.py.
 """
 
 from collections.abc import Callable

@@ -26,7 +26,6 @@ from ..data.sources import DataSource
 from ..errors import UserError, require
 from ..evaluation.features import FeatureNetwork
 from ..evaluation.frechet import Reference
-from ..evaluation.metrics import distance_name
 from ..noise import Indices, batch_indices, chunks, normal
 from . import generation
 from .projection import Distance, HeldOut, Method, Projection, Round, Side, fit, sliced_w2_squared, w2_squared_exact
@@ -100,7 +99,7 @@ class Marginal:
         """The name of the distance."""
         if len(self.source.manifest["shape"]) == 1:
             return "w2_squared"
-        return distance_name("fd", self.features.name) if self.half == "x0" else "sliced_w2_squared"
+        return f"fd_{self.features.name}" if self.half == "x0" else "sliced_w2_squared"
 
     def split(self, name: str) -> SampleSet:
         """A split of the data."""

@@ -21,7 +21,7 @@ from .loaded import Loaded
 from .svg import Panel, swatch
 
 FOLDERS = ("experiments/results", "outputs")  #: where results are looked for if none are named
-SWEEPS = "sweeps"  #: the folder in which sweeps of `evaluate` keep their tables, which are no study's
+NO_STUDIES = ("sweeps", "search")  #: the folders in which `evaluate` and `search` keep tables, which are no study's
 WIDEST = 1600  #: pixels of a picture of samples
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  #: by which a browser fetches and runs nothing
 INTRODUCTION = (
@@ -57,7 +57,7 @@ def named(folders: Sequence[Path]) -> list[Path]:
 
 def present() -> list[Path]:
     """Every folder with a study's result below FOLDERS."""
-    files = [path for root in FOLDERS for path in sorted(Path(root).rglob("table.json")) if path.parts[-3:-2] != (SWEEPS,)]
+    files = [path for root in FOLDERS for path in sorted(Path(root).rglob("table.json")) if path.parts[-3] not in NO_STUDIES]
     if not files:
         raise UserError(f"no table.json below {' or '.join(FOLDERS)}: run a study first, e.g. `make demo`, or name its folder")
     return [path.parent for path in files]
@@ -169,8 +169,8 @@ def effects(result: Loaded) -> str:
     """What each row changes, against the row that it is measured against."""
     several = " Small circles: the seeds." if len(result.doc["seeds"]) > 1 else ""
     caption = (
-        f"Change of {result.metric}: bar and interval in per cent of the value of the row that it is measured against, beside it "
-        f"the difference itself. Left of zero is better; an interval that holds zero shows no effect.{several} {about(result)}"
+        f"Change of {result.metric}: bar and interval in per cent of the row that it is measured against, beside it "
+        f"the difference itself. Left of zero is better; an interval with zero in it leaves that open.{several} {about(result)}"
     )
     return tables.effects(result) + figure([figures.effects(result, nfe) for nfe in result.nfe], caption)
 

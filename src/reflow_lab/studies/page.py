@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..arguments import Parser
 from ..artifacts import write_atomically
+from ..errors import UserError, require
 from . import results, table
 from .description import Study, read
 from .results import Result
@@ -22,10 +23,11 @@ within a table only. Lower is better; intervals are of 95 %. The paper's numbers
 
 def main(argv: Sequence[str]) -> None:
     """Write the page of a folder of studies; raises a `UserError` for a result that was changed."""
-    parser = Parser(prog="reflow-lab tables", description="All results of studies on one page.")
+    parser = Parser(prog="reflow-lab tables", description="The results of studies that lie in FOLDER/results, on one page.")
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     parser.add_argument("folder", nargs="?", type=Path, default=Path("experiments"), help="of the studies, with results/ in it")
     args = parser.parse_args(argv)
+    require(args.folder.is_dir(), "FOLDER", args.folder, "no such folder; it holds studies, and their results in results/")
     text = page(args.folder)
     path = args.folder / "README.md"
     write_atomically(path, lambda p: p.write_text(text))
@@ -42,7 +44,10 @@ def page(folder: Path) -> str:
 
 def section(folder: Path, name: str, found: dict[Path, Result]) -> str:
     """A study with its results, or with the command that makes them."""
-    study = read(folder / f"{name}.yaml")
+    try:
+        study = read(folder / f"{name}.yaml")
+    except UserError as error:  # somebody's unfinished file keeps no other from the page
+        return f"## {name}\n\n{error}"
     title = f"## [{name}]({name}.yaml): {study.title}"
     if not found:
         return f"{title}\n\nNot run: `{how(name)}`{unknown(study)}"
@@ -68,7 +73,7 @@ def told(folder: Path, at: Path, result: Result) -> str:
     where = at.relative_to(folder)
     more = f"[the whole table]({where}/table.md)" if (at / "table.md").exists() else f"[its cells]({where}/{results.FILE})"
     lines = [f"On {result['data']}: `{result['command']}`; {more}, seal `{result[results.SEAL]}`.", table.heading(result)]
-    lines += [f"**{metric}**, {table.meaning(metric, cells)}:", "\n".join(table.grid(result, metric))]
+    lines += [f"**{metric}**, {table.meaning(metric, cells)}:", "\n".join(table.grid(result, metric).lines())]
     if result["effects"]:
-        lines += ["Effects:", "\n".join(table.effect_lines(result, metric))]
+        lines += ["Effects:", "\n".join(table.effects(result, metric).lines())]
     return "\n\n".join(lines)

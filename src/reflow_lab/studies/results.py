@@ -61,6 +61,7 @@ def build(study: Study, cells: Sequence[Cell], data: str, given: Sequence[str]) 
         "estimates": list(estimates(study, cells, metrics)),
         "effects": list(effects(study, cells, metrics)),
         "cells": [{key: cell[key] for key in (*COLUMNS, *names)} for cell in cells],
+        "failed": [],
         "code": reflow_lab.__version__,
     }
 
@@ -121,10 +122,13 @@ def estimate(cells: Sequence[Cell], metric: str) -> Interval:
 
 
 def effect(cells: Sequence[Cell], others: Sequence[Cell], metric: str) -> Interval:
-    """The difference of two rows: paired by seed where there are several, else by the noise that both were drawn from."""
-    if len(cells) > 1:
+    """The difference of two rows: paired by seed where there are several, else by the noise that both were drawn from.
+
+    Two rows of which neither trains are the same in every seed, and vary with the noise alone.
+    """
+    if any(len({cell[metric] for cell in row}) > 1 for row in (cells, others)):
         return mean_interval([a[metric] - b[metric] for a, b in zip(cells, others, strict=True)])
-    (a,), (b,) = cells, others
+    a, b = cells[0], others[0]
     return difference(a[metric], resampled(a, metric), b[metric], resampled(b, metric))
 
 
@@ -138,9 +142,23 @@ def seal(result: Result) -> str:
     return digest({key: value for key, value in result.items() if key != SEAL})
 
 
-def write(folder: Path, result: Result) -> None:
-    """Write FILE, sealed."""
-    write_json(folder / FILE, {**result, SEAL: seal(result)})
+def write(folder: Path, result: Result) -> Result:
+    """Write FILE; returns what it holds, sealed."""
+    sealed = {**result, SEAL: seal(result)}
+    write_json(folder / FILE, sealed)
+    return sealed
+
+
+def place(out: Path, result: Result) -> Path:
+    """Where a result goes: `out`, or out/partial where that holds more rows or seeds of the same study."""
+    if not (out / FILE).exists():
+        return out
+    there = read(out)
+    lost = [
+        {row["name"] for row in there["rows"]} - {row["name"] for row in result["rows"]},
+        {*there["seeds"]} - {*result["seeds"]},
+    ]
+    return out / "partial" if there["study"] == result["study"] and any(lost) else out
 
 
 def read(path: Path) -> Result:

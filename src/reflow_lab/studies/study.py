@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
 
-from .. import parts, tracking
+from .. import hydra_errors, parts, tracking
 from ..errors import JobsFailed, UserError, require
 from ..evaluation import evaluate, targets
+from ..inf import guidance
 from ..networks import files
 from ..training import train
 from . import results, table, traces
@@ -69,7 +71,7 @@ def own_overrides(given: Sequence[str]) -> list[str]:
 
 def compose(study: Study, row: Row, seed: int, given: Sequence[str]) -> Planned:
     """The configurations of a row with one training seed; those that measure it are checked."""
-    composed = hydra.compose("train", [*merged(study.overrides, given, row.overrides), f"seed={seed}"])
+    composed = named(row, [*merged(study.overrides, given, row.overrides), f"seed={seed}"])
     composed.name = f"{row.name} seed {seed}"
     training, *configs = (copy.deepcopy(composed) for _ in (None, *study.nfe))
     for cfg, nfe in zip(configs, study.nfe, strict=True):
@@ -79,7 +81,20 @@ def compose(study: Study, row: Row, seed: int, given: Sequence[str]) -> Planned:
         require(cfg.evaluation.num_seeds == 1, "evaluation.num_seeds", cfg.evaluation.num_seeds, one)
     training.nfe = study.nfe[0]
     training.pairs.seed += depth(study, row)
+    taken = "is the noise of evaluation.seed, which none may train on; set another evaluation.seed"
+    require(training.pairs.seed != training.evaluation.seed, f"{row.name}: pairs.seed", training.pairs.seed, taken)
     return Planned(row, seed, training, tuple(configs))
+
+
+def named(row: Row, words: list[str]) -> DictConfig:
+    """The configuration of these words; a mistake in the row's own is told with its name."""
+    try:
+        return hydra.compose("train", words)
+    except Exception as error:
+        line = hydra_errors.explain(error, "train", overrides=words)
+        if line is None or not any(key(word) in line for word in row.overrides):
+            raise
+        raise UserError(f"{row.name}: {line}") from None
 
 
 def depth(study: Study, row: Row) -> int:
@@ -96,7 +111,14 @@ def plan(study: Study, names: Iterable[str], seeds: Iterable[int], given: Sequen
             train.plan(found.training)
         else:
             check_taught(found, planned[found.row.teacher, found.seed])
+        if found.row.guide is None:
+            check_guidance(found)
     return list(planned.values())
+
+
+def check_guidance(planned: Planned) -> None:
+    """Raise a `UserError` for guidance that the row's own flow could not have, before it is trained."""
+    guidance.check(instantiate(planned.training.inf.guidance), train.description(planned.training), "inf.guidance")
 
 
 def needed(study: Study, names: Iterable[str]) -> list[str]:
@@ -183,11 +205,18 @@ def study(cfg: DictConfig) -> list[dict[str, Any]]:
     plans = plan(described, [described.rows[number].name], [seed], own_overrides(HydraConfig.get().overrides.task))
     runs: dict[str, Path] = {}
     for planned in plans:
-        with tracking.making(study=cfg.study, row=planned.row.name):
+        with tracking.making(study=cfg.study, row=planned.row.name, experiment=experiment(planned.row, described)):
             runs[planned.row.name] = trained(planned, runs)
-    cells = measured(plans[-1], runs)
-    tracking.evaluated(plans[-1].training, runs[plans[-1].row.name], cells)
+            if planned is plans[-1]:
+                cells = measured(planned, runs)
+                tracking.evaluated(planned.training, runs[planned.row.name], cells)
     return cells
+
+
+def experiment(row: Row, study: Study) -> str:
+    """The experiment that a row is, by the words of the study, the command line and its own."""
+    words = merged(study.overrides, own_overrides(HydraConfig.get().overrides.task), row.overrides)
+    return next((word.partition("=")[2] for word in words if key(word) == "experiment"), "")
 
 
 def trained(planned: Planned, runs: dict[str, Path]) -> Path:
@@ -219,25 +248,29 @@ def finish(cfg: DictConfig, given: Sequence[str], outcomes: Sequence[Outcome]) -
     names = [name for name in dict.fromkeys(outcome.row for outcome in outcomes) if name not in lost]
     cells = [cell for outcome in outcomes if outcome.row in names for cell in outcome.cells]
     if names:
-        write(cfg, given, chosen(load(cfg.study), names), cells)
+        write(cfg, given, chosen(load(cfg.study), names), cells, failed)
     if failed:
         said = "; ".join(f"{outcome.row} seed {outcome.seed}: {outcome.error}" for outcome in failed)
         raise JobsFailed(f"{len(failed)} of {len(outcomes)} runs failed, and their rows are not in the table: {said}")
     return cells
 
 
-def write(cfg: DictConfig, given: Sequence[str], shown: Study, cells: Sequence[dict[str, Any]]) -> None:
+def write(
+    cfg: DictConfig, given: Sequence[str], shown: Study, cells: Sequence[dict[str, Any]], failed: Sequence[Outcome]
+) -> None:
     """table.json, table.md, table.tex, samples.png and traces.json in `out`."""
-    out, own = Path(cfg.out), own_overrides(given)
-    out.mkdir(parents=True, exist_ok=True)
+    whole, own = load(cfg.study), own_overrides(given)
     first = [cell for cell in cells if cell["seed"] == cfg.seed]
     result = results.build(shown, cells, data_set(shown, own), given)
-    results.write(out, result)
+    result["failed"] = [{"name": outcome.row, "seed": outcome.seed, "error": outcome.error} for outcome in failed]
+    out = results.place(Path(cfg.out), result)
+    out.mkdir(parents=True, exist_ok=True)
+    sealed = results.write(out, result)
     text = table.write(out, result)
     draw_samples(out / "samples.png", shown, first)
     runs = {cell["name"]: Path(cell["run"]) for cell in first}
-    traces.write(out, {row.name: (compose(shown, row, cfg.seed, own).training, runs[row.name]) for row in shown.rows})
-    tracking.study_table(cfg, out, result)
+    traces.write(out, {row.name: (compose(whole, row, cfg.seed, own).training, runs[row.name]) for row in shown.rows})
+    tracking.study_table(cfg, out, sealed)
     print(text)
     print(f"written: {out}/table.md, table.tex, table.json, samples.png, traces.json")
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..artifacts import write_atomically
 from ..evaluation.intervals import Interval
@@ -12,6 +12,28 @@ from .results import Cell, Result, of
 DIGITS = {"fd_lite0": 1, "fd_inception": 2, "fid": 2}  #: after the point, by the metric's name
 UNKNOWN = "n/a"
 SPECIAL = {"\\": r"\textbackslash{}", **{c: f"\\{c}" for c in "&%$#_{}"}, "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+
+
+class Grid(NamedTuple):
+    """A table: titles of the columns, and rows, the name first."""
+
+    columns: list[str]
+    rows: list[list[str]]
+
+    def lines(self) -> list[str]:
+        """As Markdown."""
+        return [*header(self.columns), *("| " + " | ".join(row) + " |" for row in self.rows)]
+
+    def latex(self, caption: str) -> list[str]:
+        """As a table of booktabs."""
+        body = [" & ".join(map(tex, row)) + r" \\" for row in (["", *self.columns], *self.rows)]
+        begin = [
+            r"\begin{table}",
+            rf"\caption{{{tex(caption)}}}",
+            rf"\begin{{tabular}}{{l{'r' * len(self.columns)}}}",
+            r"\toprule",
+        ]
+        return [*begin, body[0], r"\midrule", *body[1:], r"\bottomrule", r"\end{tabular}", r"\end{table}", ""]
 
 
 def write(out: Path, result: Result) -> str:
@@ -27,13 +49,13 @@ def markdown(result: Result) -> str:
     cells = result["cells"]
     lines = [f"# {result['title']}", "", heading(result)]
     for name in result["metrics"]:
-        lines += ["", f"## {name}: {meaning(name, cells)}", "", *grid(result, name)]
+        lines += ["", f"## {name}: {meaning(name, cells)}", "", *grid(result, name).lines()]
         if name == result["metric"] and result["effects"]:
             title = f"## Effect of each row on {name} (its value minus that of the row it is measured against)"
-            lines += ["", title, "", *effect_lines(result, name)]
+            lines += ["", title, "", *effects(result, name).lines()]
     title = "## Straightness of the flow, and what sampling and training cost"
-    lines += ["", title, "", *costs(result), "", devices(cells), ""]
-    lines += ["## Samplers", "", *samplers(result), ""]
+    lines += ["", title, "", *costs(result).lines(), "", devices(cells), ""]
+    lines += ["## Samplers", "", *samplers(result).lines(), ""]
     lines += ["## Commands", "", f"    {result['command']}", ""]
     return "\n".join([*lines, *(f"- {row['name']}: `{row['command']}`" for row in result["rows"]), ""])
 
@@ -58,22 +80,21 @@ def heading(result: Result) -> str:
     """What the numbers below are: how many images and seeds, which intervals."""
     num, seeds = result["cells"][0]["num_images"], result["seeds"]
     noise = "the held-out noise (bootstrap); one training seed"
-    over = f"{len(seeds)} training seeds (Student's t)" if len(seeds) > 1 else noise
+    several = (
+        f"{len(seeds)} training seeds (Student's t), which share one store of pairs; where nothing is trained, over the noise"
+    )
+    over = several if len(seeds) > 1 else noise
     lines = (
         f"N = {num:,} samples a cell; training seeds {', '.join(map(str, seeds))}; 95 % intervals over {over}.",
         "All rows are measured on the same held-out noise, and against the same teacher where there is one. Lower is better.",
     )
-    return " ".join(lines)
+    failed = [f"{found['name']} seed {found['seed']}: {found['error']}" for found in result.get("failed", [])]
+    return " ".join([*lines, *([f"Not in the table, since they failed: {'; '.join(failed)}."] if failed else [])])
 
 
 def header(columns: Sequence[object]) -> list[str]:
     """The first two lines of a Markdown table."""
     return ["| | " + " | ".join(map(str, columns)) + " |", "|---" * (len(columns) + 1) + "|"]
-
-
-def line(*entries: str) -> str:
-    """A line of a Markdown table."""
-    return "| " + " | ".join(entries) + " |"
 
 
 def show(value: Interval, metric: str, sign: str = "") -> str:
@@ -94,14 +115,16 @@ def values(result: Result, row: dict[str, Any], metric: str) -> list[str]:
     return [show(found(result["estimates"], row["name"], nfe, metric), metric) for nfe in result["nfe"]]
 
 
-def grid(result: Result, metric: str) -> list[str]:
+def grid(result: Result, metric: str) -> Grid:
     """Rows by numbers of steps; beside the distance to the data the paper's numbers, which are of other features and sizes."""
     beside = result["paper"] is not None and metric == result["distance"]
-    columns = [*(f"{nfe} NFE" for nfe in result["nfe"]), *([f"the paper: {result['paper']}"] if beside else [])]
-    return [
-        *header(columns),
-        *(line(r["name"], *values(result, r, metric), *([papers(r)] if beside else [])) for r in result["rows"]),
-    ]
+    columns = [*steps(result), *([f"the paper: {result['paper']}"] if beside else [])]
+    return Grid(columns, [[r["name"], *values(result, r, metric), *([papers(r)] if beside else [])] for r in result["rows"]])
+
+
+def steps(result: Result) -> list[str]:
+    """Titles of columns by numbers of steps."""
+    return [f"{nfe} NFE" for nfe in result["nfe"]]
 
 
 def papers(row: dict[str, Any]) -> str:
@@ -109,39 +132,34 @@ def papers(row: dict[str, Any]) -> str:
     return UNKNOWN if row["paper"] is None else f"{row['paper']['value']} [{row['paper']['source']}]"
 
 
-def effect_lines(result: Result, metric: str) -> list[str]:
+def effects(result: Result, metric: str) -> Grid:
     """The effect of every row that names another one."""
     rows = [row for row in result["rows"] if row["against"]]
     shown = [[show(found(result["effects"], row["name"], nfe, metric), metric, "+") for nfe in result["nfe"]] for row in rows]
     named = [f"{row['name']} against {row['against']}" for row in rows]
-    return [
-        *header([f"{nfe} NFE" for nfe in result["nfe"]]),
-        *(line(name, *entries) for name, entries in zip(named, shown, strict=True)),
-    ]
+    return Grid(steps(result), [[name, *entries] for name, entries in zip(named, shown, strict=True)])
 
 
-def costs(result: Result) -> list[str]:
+def costs(result: Result) -> Grid:
     """Straightness and training once a row, milliseconds per image by steps, the most memory of all steps."""
-    times = [f"ms at {nfe} NFE" for nfe in result["nfe"]]
-    lines = header(["straightness", *times, "memory MB", "trained on kimg", "in seconds"])
+    rows = []
     for row in result["rows"]:
         at = [of(result["cells"], row["name"], nfe) for nfe in result["nfe"]]
         ms = [f"{mean([c['ms_per_image'] for c in cells]):.2f}" for cells in at]
         memory = max(c["peak_memory_mb"] for cells in at for c in cells)
         training = [shown([c["training"][key] for c in at[0]]) for key in ("kimg", "seconds")]
-        straight = f"{mean([c['straightness'] for c in at[0]]):.4f}"
-        lines.append(line(row["name"], straight, *ms, f"{memory:.0f}", *training))
-    return lines
+        rows.append([row["name"], f"{mean([c['straightness'] for c in at[0]]):.4f}", *ms, f"{memory:.0f}", *training])
+    times = [f"ms at {nfe} NFE" for nfe in result["nfe"]]
+    return Grid(["straightness", *times, "memory MB", "trained on kimg", "in seconds"], rows)
 
 
-def samplers(result: Result) -> list[str]:
+def samplers(result: Result) -> Grid:
     """Solver and grid by rows and numbers of steps: with `inf=auto` those that were found, which may differ between seeds."""
 
     def used(name: str, nfe: int) -> str:
         return "; ".join(sorted({cell["sampler"] for cell in of(result["cells"], name, nfe)}))
 
-    rows = [[row["name"], *(used(row["name"], nfe) for nfe in result["nfe"])] for row in result["rows"]]
-    return [*header([f"{nfe} NFE" for nfe in result["nfe"]]), *(line(*row) for row in rows)]
+    return Grid(steps(result), [[row["name"], *(used(row["name"], nfe) for nfe in result["nfe"])] for row in result["rows"]])
 
 
 def mean(numbers: Sequence[float]) -> float:
@@ -163,30 +181,14 @@ def devices(cells: Sequence[Cell]) -> str:
 
 
 def latex(result: Result) -> str:
-    """The primary metric as a table for a paper (booktabs): rows by numbers of steps, the paper's numbers last."""
-    metric, columns = result["metric"], [f"{nfe} NFE" for nfe in result["nfe"]]
-    beside = result["paper"] is not None
-    rows = [[row["name"], *values(result, row, metric), *([papers(row)] if beside else [])] for row in result["rows"]]
-    titles = ["", *columns, *(["paper"] if beside else [])]
-    body = [" & ".join(tex(entry) for entry in row) + r" \\" for row in rows]
-    caption = tex(f"{result['title']}. {metric}: {meaning(metric, result['cells'])}. {heading(result)}")
-    if beside:
-        caption += tex(f" Paper: {result['paper']}.")
-    return "\n".join(
-        [
-            r"\begin{table}",
-            rf"\caption{{{caption}}}",
-            rf"\begin{{tabular}}{{l{'r' * (len(titles) - 1)}}}",
-            r"\toprule",
-            " & ".join(tex(title) for title in titles) + r" \\",
-            r"\midrule",
-            *body,
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
-            "",
-        ]
-    )
+    """Tables for a paper: the primary metric and the distance to the data, the effects, the costs."""
+    about, cells = f"{result['title']}. {{}}. {heading(result)}", result["cells"]
+    lines = []
+    for metric in dict.fromkeys((result["metric"], result["distance"])):
+        lines += grid(result, metric).latex(about.format(f"{metric}: {meaning(metric, cells)}"))
+    if result["effects"]:
+        lines += effects(result, result["metric"]).latex(about.format(f"Effect of each row on {result['metric']}"))
+    return "\n".join([*lines, *costs(result).latex(f"{result['title']}. {devices(cells)}"), ""])
 
 
 def tex(text: str) -> str:

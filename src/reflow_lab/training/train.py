@@ -74,7 +74,6 @@ def train_here(cfg: DictConfig, made: Artifact) -> None:
     with parallel.together(parts.num_processes(cfg)), made.locked() if parallel.is_first() else nullcontext():
         if not parallel.shared(partial(begun, cfg, made)):
             fit(cfg, made)
-            parallel.shared(made.finish)
 
 
 def begun(cfg: DictConfig, made: Artifact) -> bool:
@@ -229,17 +228,19 @@ def fit(cfg: DictConfig, made: Artifact) -> None:
     total = steps(cfg)
     with Loggers(cfg, made.folder) as loggers:
         seconds = optimise(cfg, made.folder, network, ema, total, loggers=loggers) if total else 0.0
-        parallel.shared(partial(write, cfg, made.folder, network, ema, seconds))
-        loggers.trained()
+        parallel.shared(partial(write, cfg, made, network, ema, seconds))
+        loggers.trained()  # an upload may take minutes, and be interrupted: what was trained is safe by now
 
 
-def write(cfg: DictConfig, folder: Path, network: nn.Module, ema: EMA, seconds: float) -> None:
-    """What is left of a training: its weights and its cost."""
+def write(cfg: DictConfig, made: Artifact, network: nn.Module, ema: EMA, seconds: float) -> None:
+    """What is left of a training, its weights and its cost, and the done-mark."""
+    folder = made.folder
     kimg = steps(cfg) * cfg.training.batch_size / 1000
     used = {"kimg": kimg, "seconds": seconds, "device": parts.device_name(cfg)}
     write_json(folder / "cost.json", used | ({"devices": num} if (num := parts.num_processes(cfg)) > 1 else {}))
     write_weights(cfg, folder, network, ema)
     (folder / "last.ckpt").unlink(missing_ok=True)
+    made.finish()
 
 
 def cost(folder: Path) -> dict[str, Any]:
