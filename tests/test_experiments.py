@@ -80,7 +80,8 @@ def test_all_rows_could_be_trained_and_measured(hydra, name, scale):
     for found in plans:
         cfg = found.configs[0]
         assert [c.nfe for c in found.configs] == list(described.nfe)
-        experiment = "experiment=quickstart" if name == "simple_reflow/ladder" else described.overrides[0]
+        is_foreign = described.overrides[0].removeprefix("experiment=") in FOREIGN
+        experiment = "experiment=quickstart" if is_foreign else described.overrides[0]
         assert cfg.budget == compose("train", [experiment, *scale]).budget or not scale
         for node in (*cfg.dyn.values(), *cfg.lrn.values(), *cfg.inf.values()):
             assert instantiate(node) is not None

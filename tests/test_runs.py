@@ -203,4 +203,4 @@ def test_a_real_run(toy, capsys):
     (run,) = [run for run in listed(capsys, toy.outputs) if run["key"] == toy.teacher.name]
     assert run["what"] == "base flow" and run["state"] == "done" and run["images"] == 195 * 256
     values = [c["value"] for c in run["evaluations"] if c["nfe"] == 4]
-    assert values == [metrics[f"{metrics['distance']}_teacher"]]
+    assert metrics[f"{metrics['distance']}_teacher"] in values

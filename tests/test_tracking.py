@@ -323,13 +323,13 @@ def test_a_studys_table(tmp_path):
 @pytest.fixture
 def newcomer(tmp_path, monkeypatch):
     """A process that has not used W&B yet, of a user who never logged in."""
+    wandb.teardown()  # first: it takes its service's address out of the environment, which is put back as it is now
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path))
     monkeypatch.setattr(tracking, "_GIVEN_UP", [])
     tracking._say.cache_clear()
-    wandb.teardown()
     yield monkeypatch
     wandb.teardown()
 

@@ -117,7 +117,7 @@ def test_of_a_flow_that_is_known(tmp_path, capsys):
     """What is found is better on the tuning noise than the known samplers, by measuring them again, and on fresh noise too."""
     cfg, run = gaussian(tmp_path, "nfe=4", "evaluation.search.num_trials=20"), exact()
     settled = evaluate.settled(cfg, run)
-    (path,) = tmp_path.glob("search/*/search.json")
+    (path,) = tmp_path.glob("sampler/*/search.json")
     trials = read_json(path)["trials"]
     tuning = gaussian(tmp_path, "nfe=4", f"evaluation.seed={cfg.evaluation.search.seed}", "evaluation.num_images=400")
     again = evaluate.tuning_distance(tuning, run)
