@@ -217,6 +217,25 @@ def test_evaluations_add_to_the_run_of_the_training(tmp_path, base):
     assert table["data"] == [[1, 30, 29, 31], [4, 20, 19, 21], [9, 9, 8, 10]]
 
 
+def test_another_sampler_has_a_run_of_its_own(tmp_path, base):
+    """Whose numbers do not mix with those of the sampler that the training names."""
+    base = shutil.copytree(base.parents[1], tmp_path, dirs_exist_ok=True) / "train" / base.name
+    before = {path.name for path in (tmp_path / "wandb").glob("offline-run-*")}
+    for solver, value in (("dpm", 10.0), ("euler", 20.0), ("heun", 30.0)):
+        cfg = config("evaluate", tmp_path, "logger=wandb", "teacher=none", f"inf/solver={solver}")
+        with tracking.making(study="ladder", row=solver):
+            tracking.evaluated(cfg, base, [cell(9, value, tmp_path)])
+    folders = [path.name for path in (tmp_path / "wandb").glob("offline-run-*") if path.name not in before]
+    found = {name.split("-")[3]: files_of(tmp_path, name.split("-")[3])[-1] for name in folders}
+    values = {f.run.display_name: (f.run.job_type, f.summary["fd_lite0/nfe9"], f.run.run_group) for f in found.values()}
+    assert values == {
+        "BSL seed 0": ("train", 10, "ladder"),
+        "euler": ("evaluate", 20, "ladder"),
+        "heun": ("evaluate", 30, "ladder"),
+    }
+    assert len({f.run.run_id for f in found.values()}) == 3 and base.name in found
+
+
 def test_the_verb_evaluate_adds_too(toy):
     """The training itself was not tracked: its run is made from its folder."""
     metrics = evaluate(toy.config("evaluate", f"run={toy.teacher}", "nfe=2", "logger=wandb"))

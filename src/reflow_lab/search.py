@@ -304,7 +304,7 @@ def measured(setup: Setup, words: Sequence[str], samplers: Sequence[Sampler], na
         is_new = not evaluate.plan(settled, found).is_done()
         cells.append(Measured(folder, sampler, evaluate.measured(settled, found)))
         if is_new:
-            tracking.evaluated(cfg, folder, [cells[-1].cell])
+            tracking.evaluated(settled, folder, [cells[-1].cell])
     return min(cells, key=lambda cell: cell.value)
 
 

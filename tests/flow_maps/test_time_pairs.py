@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from reflow_lab.dyn.times import LogitNormal
 from reflow_lab.errors import UserError
 from reflow_lab.flow_maps.times import DistanceTimes, SortedTimes, ToData
 
 U = torch.rand(200_000, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-LAWS = {"AYF": DistanceTimes(), "MeanFlow": SortedTimes(), "sCM": ToData()}
+WIDE = LogitNormal(-0.8, 1.6)
+LAWS = {"AYF": DistanceTimes(WIDE), "MeanFlow": SortedTimes(WIDE), "sCM": ToData(WIDE)}
 
 
 @pytest.mark.parametrize("name", LAWS)
@@ -18,7 +20,7 @@ def test_times_are_ordered_and_on_the_path(name):
 
 
 def test_the_distance_is_logit_normal_and_its_place_uniform():
-    t, s = DistanceTimes(-0.8, 1.0)(U)
+    t, s = DistanceTimes(LogitNormal(-0.8, 1.0))(U)
     logit = torch.logit(t - s)
     assert float(logit.mean()) == pytest.approx(-0.8, abs=0.01) and float(logit.std()) == pytest.approx(1.0, abs=0.01)
     place = s / (1 - (t - s))
@@ -27,9 +29,9 @@ def test_the_distance_is_logit_normal_and_its_place_uniform():
 
 
 def test_a_share_of_sorted_times_is_flow_matching():
-    t, s = SortedTimes(-0.4, 1.0, share_equal=0.75)(U)
+    t, s = SortedTimes(LogitNormal(-0.4, 1.0), share_equal=0.75)(U)
     assert float((t == s).double().mean()) == pytest.approx(0.75, abs=0.005)
-    t, s = SortedTimes(-0.4, 1.0, share_equal=0)(U)
+    t, s = SortedTimes(LogitNormal(-0.4, 1.0), share_equal=0)(U)
     both = torch.logit(torch.cat((t, s)))  # of the two, unordered again
     assert (
         (t > s).all() and float(both.mean()) == pytest.approx(-0.4, abs=0.01) and float(both.std()) == pytest.approx(1, abs=0.01)
@@ -37,11 +39,11 @@ def test_a_share_of_sorted_times_is_flow_matching():
 
 
 def test_a_consistency_model_jumps_to_data():
-    t, s = ToData(-0.8, 1.6)(U)
+    t, s = ToData(LogitNormal(-0.8, 1.6))(U)
     assert not s.any() and float(torch.logit(t).std()) == pytest.approx(1.6, abs=0.02)
 
 
-@pytest.mark.parametrize("make", [lambda: DistanceTimes(std=0), lambda: SortedTimes(share_equal=1.5), lambda: ToData(std=-1)])
-def test_mistakes(make):
-    with pytest.raises(UserError, match=r"flow_map\.times\."):
-        make()
+@pytest.mark.parametrize("share", [-0.1, 1.5])
+def test_mistakes(share):
+    with pytest.raises(UserError, match=r"flow_map\.times\.share_equal=.*: must lie in \[0, 1\]"):
+        SortedTimes(WIDE, share_equal=share)

@@ -215,6 +215,28 @@ def test_a_part_of_a_table_does_not_replace_the_whole(toy, run, work):
     assert run("out=here", "seeds=2")[0] == 0 and {cell["seed"] for cell in cells("here")} == {0, 1}
 
 
+def test_a_table_that_was_changed_by_hand_is_refused_before_any_training(toy, run, work, forbid_training):
+    write(work, overrides=SHORT, rows=ROWS[:1])
+    run("out=here")
+    path = Path("here/table.json")
+    path.write_text(path.read_text().replace("A ladder", "A better one"))
+    changed = path.read_bytes()
+    forbid_training()
+    status, _, errors = run("out=here", "seed=7")
+    assert (
+        status == 2
+        and errors[0].endswith("; remove it, or choose another out")
+        and "was changed after it was written" in errors[0]
+    )
+    assert path.read_bytes() == changed
+
+
+def test_a_mistake_of_the_command_line_is_not_blamed_on_a_row(run, work):
+    write(work, overrides=SHORT)
+    status, _, errors = run("dyn/weight=none")
+    assert status == 2 and errors[0].startswith("reflow-lab: dyn/weight=none: no such member")
+
+
 def test_a_taught_rows_noise_is_not_that_of_the_evaluation(run, work, forbid_training):
     write(work, overrides=SHORT, rows=AGAIN[:2])
     forbid_training()

@@ -46,18 +46,18 @@ def measure(
 
     They compare samples with samples, so that, unlike the distances, they hold all features in memory.
     """
-    metrics = {name: metric(name, len(made), real, network.name) for name in names}
+    held = real if isinstance(real, Tensor | None) else real.all() if names else None
+    metrics = {name: metric(name, len(made), held, network.name) for name in names}
     for name, found in metrics.items():
         found.update((logits if name == "inception_score" else made).all(), torch.arange(len(made)))
     return {key: float(value) for found in metrics.values() for key, value in found.compute().items()}
 
 
-def metric(name: str, num: int, real: Vectors | Tensor | None, network: str) -> Metric:
+def metric(name: str, num: int, real: Tensor | None, network: str) -> Metric:
     """One of NAMES, for `num` samples."""
     if name == "inception_score":
         return InceptionScore(SPLITS)
     assert real is not None
-    features = real if isinstance(real, Tensor) else real.all()
     if name == "precision_recall":
-        return PrecisionRecall(features, NEIGHBOURS)
-    return KernelDistance(features, network, subset_size=about(["kid"], min(num, len(features)))["kid"]["subset_size"])
+        return PrecisionRecall(real, NEIGHBOURS)
+    return KernelDistance(real, network, subset_size=about(["kid"], num, len(real))["kid"]["subset_size"])

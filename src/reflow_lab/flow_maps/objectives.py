@@ -32,10 +32,11 @@ Field = Callable[[Tensor, Tensor], Tensor]  #: a velocity, (x, t) to v: the teac
 class Objective(Protocol):
     """The direction in which a student's mean velocity is wrong."""
 
-    needs_field: bool  #: whether it asks the teacher at other places than (x_t, t)
-
     def __call__(self, student: MeanVelocity, at: Point, F: Tensor, field: Field | None, warmup: float) -> Tensor:
-        """g (n, ...), where F = student(x_t, t, s); `warmup`, r in [0, 1], scales the term with a derivative."""
+        """g (n, ...), where F = student(x_t, t, s); `warmup`, r in [0, 1], scales the term with a derivative.
+
+        field: the teacher, for an objective that asks it at other places than (x_t, t).
+        """
         ...
 
 
@@ -48,7 +49,6 @@ class EMD:
     """
 
     derivative: Derivative
-    needs_field: bool = False
 
     def __call__(self, student: MeanVelocity, at: Point, F: Tensor, field: Field | None, warmup: float) -> Tensor:
         """See `Objective`."""
@@ -64,7 +64,6 @@ class LMD:
     """
 
     derivative: Derivative
-    needs_field: bool = True
 
     def __call__(self, student: MeanVelocity, at: Point, F: Tensor, field: Field | None, warmup: float) -> Tensor:
         """See `Objective`."""
@@ -80,8 +79,6 @@ class Shortcut:
 
     g = F - (F(x_t, t, u) + F(x_u, u, s)) / 2, u = (t + s) / 2, x_u = f(x_t, t, u). No derivative, so no warm-up.
     """
-
-    needs_field: bool = False
 
     def __call__(self, student: MeanVelocity, at: Point, F: Tensor, field: Field | None, warmup: float) -> Tensor:
         """See `Objective`."""
@@ -121,13 +118,14 @@ class Matching:
 
     def __call__(self, student: MeanVelocity, at: Point, field: Field | None, step: int) -> Tensor:
         """The loss |F - sg(F - g)|^2 of each sample, (n,): its value is |g|^2, its gradient 2 g . dF/dtheta."""
-        dropout = torch.get_rng_state()  # both calls of the student see one network: the same masks
+        gpu = [at.x_t.device] if at.x_t.device.type == "cuda" else []
+        dropout = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in gpu]
         F = student(at.x_t, at.t, at.s).to(at.x_t.dtype)
-        after = torch.get_rng_state()
-        with torch.no_grad():
-            torch.set_rng_state(dropout)
+        with torch.no_grad(), torch.random.fork_rng(gpu):  # the student's next call drops the same
+            torch.set_rng_state(dropout[0])
+            for device, state in zip(gpu, dropout[1], strict=True):
+                torch.cuda.set_rng_state(state, device)
             g = self.objective(student, at, F.detach(), field, self.warmup(step))
-            torch.set_rng_state(after)
             g = g if self.c is None else normalised(g, self.c)
             target = F.detach() - g
         return (F - target).square().flatten(1).sum(1)

@@ -149,6 +149,15 @@ def write(folder: Path, result: Result) -> Result:
     return sealed
 
 
+def require_whole(out: Path) -> None:
+    """Raise a `UserError`, before any work, where `out` holds a result that was changed by hand, or none."""
+    try:
+        if (out / FILE).exists():
+            read(out)
+    except UserError as error:
+        raise UserError(f"{error}; remove it, or choose another out") from None
+
+
 def place(out: Path, result: Result) -> Path:
     """Where a result goes: `out`, or out/partial where that holds more rows or seeds of the same study."""
     if not (out / FILE).exists():

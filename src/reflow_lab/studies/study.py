@@ -4,6 +4,7 @@ A study is a sweep (src/hydra_plugins/reflow_lab_study_sweeper.py): a job for ea
 Hydra launcher is chosen. Jobs that need the same run or pairs wait for whichever makes them; a job that fails stops no other.
 """
 
+import contextlib
 import copy
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -92,7 +93,7 @@ def named(row: Row, words: list[str]) -> DictConfig:
         return hydra.compose("train", words)
     except Exception as error:
         line = hydra_errors.explain(error, "train", overrides=words)
-        if line is None or not any(key(word) in line for word in row.overrides):
+        if line is None or not any(line.startswith((f"{key(word)}=", f"{key(word)}:")) for word in row.overrides):
             raise
         raise UserError(f"{row.name}: {line}") from None
 
@@ -190,6 +191,7 @@ def jobs(cfg: DictConfig, given: Sequence[str]) -> list[Job]:
     """The rows and seeds that a study runs, all of them checked; nothing is made yet."""
     require(isinstance(cfg.seeds, int) and cfg.seeds >= 1, "seeds", cfg.seeds, "must be a whole number of at least 1")
     described = load(cfg.study)
+    results.require_whole(Path(cfg.out))
     shown, seeds = [row.name for row in chosen(described, cfg.rows).rows], range(cfg.seed, cfg.seed + cfg.seeds)
     require_comparable(plan(described, shown, seeds, own_overrides(given)))
     found = [Job(n, row.name, seed) for n, row in enumerate(described.rows) if row.name in shown for seed in seeds]
@@ -205,12 +207,18 @@ def study(cfg: DictConfig) -> list[dict[str, Any]]:
     plans = plan(described, [described.rows[number].name], [seed], own_overrides(HydraConfig.get().overrides.task))
     runs: dict[str, Path] = {}
     for planned in plans:
-        with tracking.making(study=cfg.study, row=planned.row.name, experiment=experiment(planned.row, described)):
+        with making(planned, described):
             runs[planned.row.name] = trained(planned, runs)
-            if planned is plans[-1]:
-                cells = measured(planned, runs)
-                tracking.evaluated(planned.training, runs[planned.row.name], cells)
+    last = plans[-1]
+    with making(last, described):
+        cells = measured(last, runs)
+        tracking.evaluated(last.training, runs[last.row.name], cells)
     return cells
+
+
+def making(planned: Planned, study: Study) -> contextlib.AbstractContextManager[None]:
+    """Let whoever tracks runs know what is made within."""
+    return tracking.making(study=study.name, row=planned.row.name, experiment=experiment(planned.row, study))
 
 
 def experiment(row: Row, study: Study) -> str:
