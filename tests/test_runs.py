@@ -10,6 +10,7 @@ import yaml
 from reflow_lab import runs
 from reflow_lab.artifacts import lock, write_json
 from reflow_lab.errors import UserError
+from reflow_lab.paths import conf_dir
 from tiny import composed
 
 IMPROVED = ["weight", "time", "metric", "dropout", "coupling", "grid", "solver"]
@@ -49,7 +50,12 @@ def cell(outputs, key, nfe, value, name="cell", **more):
 
 @pytest.fixture
 def outputs(tmp_path):
-    made(tmp_path, "a", ["dyn=baseline", "lrn=baseline", "inf=baseline", "name=BSL", "training.total_kimg=30"], lines=[7, 9])
+    made(
+        tmp_path,
+        "a",
+        ["data=two_moons", "net=mlp", "dyn=baseline", "lrn=baseline", "inf=baseline", "name=BSL", "training.total_kimg=30"],
+        lines=[7, 9],
+    )
     made(
         tmp_path,
         "b",
@@ -86,8 +92,14 @@ def test_improvements_are_those_that_the_members_are(overrides, expected):
 
 def test_tags_name_whole_stages_and_the_data():
     found = runs.tags(config("dyn=improved", "lrn=baseline", "inf=baseline"))
-    assert found == ["weight", "time", "metric", "dyn", "FashionMNIST"]
+    assert found == ["weight", "time", "metric", "dyn", "fashion_mnist"]
+
+
+def test_data_bear_the_name_that_the_command_line_has():
     assert runs.data_name({"data": {"_target_": "x.Archive", "path": "data/ffhq-64x64.zip"}}) == "ffhq-64x64"
+    assert runs.data_name({"data": {"_target_": "x.Folder", "path": "my_images"}}) == "my_images"
+    for name in ("two_moons", "fashion_mnist", "cifar10", "checkerboard", "gaussian"):
+        assert runs.data_name({"data": yaml.safe_load((conf_dir() / "data" / f"{name}.yaml").read_text())}) == name
 
 
 def test_a_users_own_member_is_no_improvement():
@@ -122,9 +134,34 @@ def test_the_table(outputs, capsys):
     cell(outputs, "a", 9, 2.5, name="another")
     runs.main([str(outputs), "--sort", "nfe9"])
     head, first, second, *notes = capsys.readouterr().out.splitlines()
-    assert head.split() == ["key", "name", "what", "on", "images", "state", "1", "NFE", "9", "NFE"]
+    assert head.split() == ["key", "name", "what", "data", "on", "images", "state", "1", "NFE", "9", "NFE"]
     assert first.split()[0] == "b" and first.split()[-1] == "2" and second.split()[-3:] == ["5", "2.5", "(2)"]
-    assert "fd_lite0_teacher, lower is better" in notes[0] and "lowest of n" in notes[1]
+    assert "fd_lite0_teacher of N = 9 samples, lower is better" in notes[0] and "lowest of n" in notes[1]
+
+
+def test_distances_of_other_numbers_of_samples_stand_in_columns_of_their_own(outputs, capsys):
+    """The lower distance of the larger N is not the better one: rows are sorted within one N, the largest first."""
+    cell(outputs, "a", 9, 0.5, name="larger", num_images=1000)
+    cell(
+        outputs, "b", 1, 7.0, name="points", num_images=1000, distance="fd_points", fd_points=7.0, intervals={"fd_points": [6, 8]}
+    )
+    runs.main([str(outputs), "--sort", "nfe9"])
+    head, first, second, note = capsys.readouterr().out.splitlines()
+    columns = [
+        "9 NFE fd_lite0_teacher N=1000",
+        "1 NFE fd_lite0_teacher N=9",
+        "9 NFE fd_lite0_teacher N=9",
+        "1 NFE fd_points N=1000",
+    ]
+    assert [head.index(column) for column in columns] == sorted(head.index(column) for column in columns)
+    assert first.split()[-3:] == ["0.5", "5", "3"] and second.split()[-2:] == ["2", "7"] and second.split()[0] == "b"
+    assert "fd_points of N = 1,000 samples" in note and "compare within a column only" in note
+
+
+def test_the_study_that_began_a_run_names_it(tmp_path, capsys):
+    """Another one that shares it and goes on with it writes its own name into the configuration."""
+    made(tmp_path, "c", ["name='other seed 3'", "seed=3"], made_by={"study": "ladder", "row": "+DYN"})
+    assert listed(capsys, tmp_path)[0]["name"] == "+DYN seed 3"
 
 
 @pytest.mark.parametrize(
@@ -132,7 +169,9 @@ def test_the_table(outputs, capsys):
     [
         (["--tag", "dyn"], ["b"]),
         (["--tag", "weight", "--tag", "coupling"], []),
-        (["--tag", "FashionMNIST"], ["a", "b"]),
+        (["--tag", "fashion_mnist"], ["b"]),
+        (["--tag", "two_moons"], ["a"]),
+        (["--tag", "quickstart"], ["b"]),
         (["--where", "seed=3"], ["b"]),
         (["--where", "dyn.time=Cosh"], ["a"]),
         (["--where", "training.start=teacher", "--where", "name=BSL"], ["a"]),
@@ -177,6 +216,7 @@ def test_a_damaged_folder_is_left_out_and_said_so(outputs, capsys):
         (["nowhere"], "OUTPUTS=nowhere: no such folder"),
         (["--where", "seed"], "--where=seed: must be key=value"),
         (["--where", "sede=1"], "--where=sede=1: no run has that key"),
+        (["--tag", "three_moons"], "--tag=three_moons: must be one of weight, time, metric"),
         (["--sort", "best"], "--sort=best: must be one of"),
         (["--bad"], "unrecognized arguments: --bad"),
     ],

@@ -103,7 +103,7 @@ def test_a_training_as_users_expect_it(base):
     (found,) = files_of(base.parents[1], base.name)
     run = found.run
     assert (run.run_id, run.display_name, run.job_type, run.project) == (base.name, "BSL seed 0", "train", "simple_reflow")
-    assert run.run_group == "ladder" and [*run.tags] == ["grid", "solver", "inf", "Gaussian", "mine"]
+    assert run.run_group == "ladder" and [*run.tags] == ["grid", "solver", "inf", "gaussian", "mine"]
     assert found.config["training"]["batch_size"] == BATCH and found.config["dyn"]["weight"]["_target_"].startswith("reflow_lab.")
     axes = {metric.glob_name or metric.name: metric.step_metric for metric in found.all("metric")}
     assert axes["*"] == "images_seen"
@@ -299,6 +299,18 @@ def test_what_a_study_says_of_a_row(tmp_path, student):
     assert found.run.run_group == "simple_reflow/ladder" and found.run.display_name == "+LRN"
     assert {"weight", "time", "dropout", "coupling", "lrn", "grid", "solver", "inf"} <= {*found.run.tags}
     assert "metric" not in found.run.tags and "dyn" not in found.run.tags
+
+
+def test_a_run_that_two_studies_share_stays_the_first_ones(tmp_path, student):
+    """Whether the second one measures it, or goes on with its training."""
+    folder, cfg = student
+    with tracking.making(study="another", row="BSL", experiment="cifar10"):
+        tracking.evaluated(cfg, folder, [cell(9, 9.0, tmp_path)])
+        found = files_of(tmp_path, folder.name)[-1]
+        assert found.summary["fd_lite0/nfe9"] == 9
+        assert (found.run.run_group, found.run.display_name) == ("simple_reflow/ladder", "+LRN")
+        made = Artifact(folder, json.loads((folder / "recipe.json").read_text()))
+        assert tracking.lineage(made, None)["made_by"]["study"] == "simple_reflow/ladder"
 
 
 def test_lineage_is_in_the_folder_with_any_logger(tmp_path, student):

@@ -1,11 +1,12 @@
 """The verb `runs`: the trained flows in a folder of outputs, what is on in them and how good they are, from files alone."""
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -24,6 +25,7 @@ IMPROVEMENTS: dict[str, tuple[str, Callable[[Mapping[str, Any]], bool]]] = {
 }  #: Simple ReFlow's seven (arXiv 2410.07815): where each is configured, and whether it is on there rather than the baseline
 STAGES = {"dyn": ("weight", "time", "metric"), "lrn": ("dropout", "coupling"), "inf": ("grid", "solver")}
 BASE_FLOW = ("independent", "minibatch_ot")  #: kinds of pairs that come from data alone
+ANY_DATA = ("Archive", "Folder")  #: classes of data that hold whatever their path names
 SORTS = ("started", "name", "what", "images")  #: or a number of steps: nfe9
 SUFFIXES = ("_teacher", "")  #: of the distance shown, the primary one first
 
@@ -66,9 +68,11 @@ def tags(config: Mapping[str, Any]) -> list[str]:
 
 
 def data_name(config: Mapping[str, Any]) -> str:
-    """The data set: its file's name, or that of its class."""
+    """The data set as the group `data` has it, e.g. two_moons; of a class that reads any archive or folder, the file's name."""
     data = config.get("data") or {}
-    return Path(data["path"]).stem if data.get("path") else str(named(data))
+    if named(data) in ANY_DATA and data.get("path"):
+        return Path(data["path"]).stem
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", str(named(data))).lower()
 
 
 def what(config: Mapping[str, Any]) -> str:
@@ -103,6 +107,12 @@ class Run:
         return "being trained" if _is_held(self.folder / ".lock") else f"unfinished at step {self.step}"
 
     @property
+    def name(self) -> str:
+        """As the study called it that began it, which another one may share; else as it was named."""
+        row = self.made_by.get("row")
+        return f"{row} seed {self.config['seed']}" if row else self.config.get("name") or ""
+
+    @property
     def step(self) -> int:
         """The last step of which metrics were written."""
         path = self.folder / "metrics.jsonl"
@@ -127,10 +137,11 @@ class Run:
         """What a table and `--json` show."""
         return {
             "key": self.folder.name,
-            "name": self.config.get("name") or "",
+            "name": self.name,
             "what": what(self.config),
             "improvements": improvements(self.config),
-            "tags": tags(self.config),
+            "data": data_name(self.config),
+            "tags": [*dict.fromkeys([*tags(self.config), *filter(None, [self.made_by.get("experiment")])])],
             "images": self.images,
             "state": self.state,
             "started": self.started,
@@ -201,12 +212,20 @@ def listed(outputs: Path) -> Iterator[tuple[Run, dict[str, Any]]]:
             yield run, described | {"evaluations": [cell for cell in cells if cell["weights"] in run.weights]}
 
 
-def lowest(described: Mapping[str, Any]) -> dict[int, tuple[float, int]]:
-    """For each number of steps the lowest distance, and of how many evaluations: they may differ in sampler and samples."""
-    found: dict[int, list[float]] = {}
+class Column(NamedTuple):
+    """What compares within one column of the table: one distance of one number of samples (N) at one number of steps."""
+
+    metric: str
+    num_images: int
+    nfe: int
+
+
+def lowest(described: Mapping[str, Any]) -> dict[Column, tuple[float, int]]:
+    """In each column the lowest distance, and of how many evaluations: they may differ in sampler and samples."""
+    found: dict[Column, list[float]] = {}
     for cell in described["evaluations"]:
-        found.setdefault(cell["nfe"], []).append(cell["value"])
-    return {nfe: (min(values), len(values)) for nfe, values in sorted(found.items())}
+        found.setdefault(Column(cell["metric"], cell["num_images"], cell["nfe"]), []).append(cell["value"])
+    return {column: (min(values), len(values)) for column, values in found.items()}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -214,6 +233,7 @@ def main(argv: Sequence[str]) -> None:
     args = parser().parse_args(argv)
     require(args.outputs.is_dir(), "OUTPUTS", args.outputs, "no such folder; give the one that training wrote into, e.g. outputs")
     found = list(listed(args.outputs))
+    require_known(args.tag, [item[1] for item in found])
     for text in args.where:
         found = filtered(found, text)
     found = [item for item in found if set(args.tag) <= {*item[1]["tags"]}]
@@ -231,12 +251,21 @@ def parser() -> Parser:
     add("outputs", nargs="?", type=Path, default=Path("outputs"), metavar="OUTPUTS", help="where artifacts are kept (outputs)")
     add("--experiment", metavar="X", help="those that were made with experiment=X")
     add("--study", metavar="X", help="those that were first made by study=X")
-    on = f"those with this on: {', '.join(IMPROVEMENTS)}; {', '.join(STAGES)} (all of a stage); or a data set; may be repeated"
-    add("--tag", action="append", default=[], metavar="TAG", help=on)
+    on = f"those with this on: {', '.join(IMPROVEMENTS)}; {', '.join(STAGES)} (all of a stage)"
+    of = "or of this data set or experiment; may be repeated"
+    add("--tag", action="append", default=[], metavar="TAG", help=f"{on}; {of}")
     add("--where", action="append", default=[], metavar="KEY=VALUE", help="those whose configuration says so, e.g. seed=10")
     add("--sort", default="started", metavar="BY", help=f"{', '.join(SORTS)}, or a number of steps, e.g. nfe9 (started)")
     add("--json", action="store_true", help="everything known, as JSON")
     return made
+
+
+def require_known(wanted: Sequence[str], runs: Sequence[Mapping[str, Any]]) -> None:
+    """Raise a `UserError` for a tag that no run could have, or has, which lists those that there are."""
+    of_runs = {tag for run in runs for tag in run["tags"]} - {*IMPROVEMENTS, *STAGES}
+    known = [*IMPROVEMENTS, *STAGES, *sorted(of_runs)]
+    for tag in wanted:
+        require(not runs or tag in known, "--tag", tag, f"must be one of {', '.join(known)}")
 
 
 def filtered(found: list[tuple[Run, dict[str, Any]]], text: str) -> list[tuple[Run, dict[str, Any]]]:
@@ -263,24 +292,36 @@ def order(by: str) -> Callable[[dict[str, Any]], Any]:
     steps = by.removeprefix("nfe")
     require(by in SORTS or steps.isdigit(), "--sort", by, f"must be one of {', '.join(SORTS)}, or e.g. nfe9")
     if steps.isdigit():
-        return lambda run: lowest(run).get(int(steps), (float("inf"), 0))[0]
+        return lambda run: _best_first(run, int(steps))
     return lambda run: -run[by] if by in ("started", "images") else (run[by], -run["started"])
+
+
+def _best_first(run: Mapping[str, Any], nfe: int) -> tuple[bool, list[Any]]:
+    """Sorts by the distance at so many steps: those of one metric and N stay together, the largest N first."""
+    found = sorted((c.metric, -c.num_images, value) for c, (value, _) in lowest(run).items() if c.nfe == nfe)
+    return not found, found
 
 
 def table(runs: Sequence[Mapping[str, Any]]) -> str:
     """The runs in columns, one a line; the distances are those that an evaluation calls primary."""
     if not runs:
         return "no runs"
-    steps = sorted({nfe for run in runs for nfe in lowest(run)})
-    rows = [["key", "name", "what", "on", "images", "state", *(f"{nfe} NFE" for nfe in steps)]]
+    columns = sorted({column for run in runs for column in lowest(run)}, key=lambda c: (c.metric, -c.num_images, c.nfe))
+    rows = [["key", "name", "what", "data", "on", "images", "state", *titles(columns)]]
     for run in runs:
-        found = lowest(run)
-        on = "+".join(run["improvements"]) or "-"
-        about = [run["key"], run["name"] or "-", run["what"], on, f"{run['images']:,}", run["state"]]
-        rows.append([*about, *(_shown(*found[nfe]) if nfe in found else "" for nfe in steps)])
+        found, on = lowest(run), "+".join(run["improvements"]) or "-"
+        about = [run["key"], run["name"] or "-", run["what"], run["data"], on, f"{run['images']:,}", run["state"]]
+        rows.append([*about, *(_shown(*found[column]) if column in found else "" for column in columns)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([*lines, *notes(runs)])
+
+
+def titles(columns: Sequence[Column]) -> list[str]:
+    """What stands above the distances: the number of steps, and whatever else tells columns apart."""
+    metrics, sizes = ({column[i] for column in columns} for i in (0, 1))
+    also = [(c.metric if len(metrics) > 1 else "", f"N={c.num_images}" if len(sizes) > 1 else "") for c in columns]
+    return [" ".join(filter(None, (f"{c.nfe} NFE", *words))) for c, words in zip(columns, also, strict=True)]
 
 
 def _shown(value: float, count: int) -> str:
@@ -289,9 +330,11 @@ def _shown(value: float, count: int) -> str:
 
 def notes(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     """What the distances below NFE are, and what a number in brackets means."""
-    names = sorted({cell["metric"] for run in runs for cell in run["evaluations"]})
+    kinds = sorted({(column.metric, column.num_images) for run in runs for column in lowest(run)})
     several = any(count > 1 for run in runs for _, count in lowest(run).values())
-    said = [f"NFE: {', '.join(names)}, lower is better"] if names else []
+    words = ", ".join(f"{metric} of N = {size:,} samples" for metric, size in kinds)
+    apart = "; compare within a column only" if len(kinds) > 1 else ""
+    said = [f"NFE: {words}, lower is better{apart}"] if kinds else []
     return said + (
-        ["(n): the lowest of n evaluations, of other samplers, averages or samples; --json lists them"] if several else []
+        ["(n): the lowest of n evaluations, of other samplers, averages or noise; --json lists them"] if several else []
     )

@@ -207,11 +207,13 @@ def where(run: "wandb.Run", outputs: str | Path) -> str:
 
 
 def about_training(cfg: DictConfig, folder: Path, settings: WandB) -> About:
-    """The run of a training, from its configuration, or as it was called before."""
+    """The run of a training, from its configuration, or as it was called before: what two studies share stays the first one's."""
     config, by, path = parts.plain(cfg), made_by(), kept(folder.parents[1], folder.name) / "run.json"
     before = read_json(path) if path.exists() else {}
-    name = cfg.name or by.get("row") or before.get("name") or runs.title(config)
-    group = settings.group or by.get("study") or before.get("group")
+    ours = settings.group or by.get("study")
+    is_others = before.get("group") not in (None, ours)
+    name = before["name"] if is_others else cfg.name or by.get("row") or before.get("name") or runs.title(config)
+    group = before["group"] if is_others else ours
     tags = dict.fromkeys([*before.get("tags", runs.tags(config)), *settings.tags])
     return About(folder.name, name, "train", group, [*tags], config)
 
@@ -219,14 +221,16 @@ def about_training(cfg: DictConfig, folder: Path, settings: WandB) -> About:
 def lineage(made: Artifact, start: Path | None) -> dict[str, Any]:
     """What a training makes and what it used, by the names that artifacts have; `start`: the file of the starting weights.
 
-    It lies in the run's folder as lineage.json, whatever the logger.
+    It lies in the run's folder as lineage.json, whatever the logger. Who goes on with it does not become its maker.
     """
     inputs = made.recipe["inputs"]
     drawn = {kind: key if isinstance(key, str) else digest(key) for kind, key in inputs["pairs"].items()}
     stores = [_used("pairs", None if kind == "online" else f"pairs-{key}", key, drawn=kind) for kind, key in drawn.items()]
     weights = [_used("model", model_name(start), inputs["start"])] if start else []
     uses = [_used("data", None, inputs["data"]), *stores, *weights]
-    return {"name": f"train-{made.key}", "type": "model", "uses": uses, "made_by": made_by()}
+    path = made.folder / "lineage.json"
+    maker = read_json(path)["made_by"] if path.exists() else {}
+    return {"name": f"train-{made.key}", "type": "model", "uses": uses, "made_by": maker or made_by()}
 
 
 def _used(kind: str, name: str | None, checksum: str, **more: str) -> dict[str, Any]:
