@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
 from . import parallel
@@ -223,6 +223,14 @@ def described(path: Path, source: DataSource, key: str) -> Teacher:
 
 
 def settle_net(cfg: DictConfig) -> None:
+    """Settle what network `net` means: the teacher's for `net=teacher`; where a flow map is trained, one that takes s."""
+    settle_teachers_net(cfg)
+    if OmegaConf.select(cfg, "flow_map.objective") is not None:
+        with open_dict(cfg):
+            cfg.net.get("network", cfg.net).jumps = True
+
+
+def settle_teachers_net(cfg: DictConfig) -> None:
     """Put the teacher's own network in the place of `net=teacher`, by its weight file; whatever else stands under `net` goes.
 
     Everything after this sees plain settings. Raises a `UserError` where there is no teacher.

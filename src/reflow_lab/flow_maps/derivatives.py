@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..errors import require
 from ..flow import MeanVelocity, append_dims
+from ..networks.precision import AUTOCAST, full_precision, require_precision
 
 if TYPE_CHECKING:
     from .objectives import Point
@@ -40,20 +41,24 @@ class Exact:
 
 @dataclass(frozen=True)
 class FiniteDifference:
-    """(F(x + h dx, t + h dt, s + h ds) - F) / h: one more forward pass, in float32 or better.
+    """(F(x + h dx, t + h dt, s + h ds) - F) / h, in float32 or better: one more forward pass, or two if F is known in bfloat16.
 
     The error is h/2 times the second derivative plus rounding over h. The step goes towards the interior, where a network was
-    trained: backwards in time where t + h would leave [0, 1] or s would pass t.
+    trained: backwards in time where t + h would leave [0, 1] or s would pass t. `precision` is the training's.
     """
 
     h: float = 5e-3
+    precision: str = "32-true"
 
     def __post_init__(self) -> None:
-        require(0 < self.h < 0.1, "flow_map.objective.derivative.h", self.h, "a number in (0, 0.1)")
+        require(0 < self.h < 0.1, "flow_map.derivative.h", self.h, "a number in (0, 0.1)")
+        require_precision(self.precision)
 
     def __call__(self, student: MeanVelocity, at: "Point", tangent: Tangent, F: Tensor) -> Tensor:
         """See `Derivative`."""
         dx, dt, ds = tangent
         h = torch.where((at.t + self.h * dt > 1) | (at.s + self.h * ds > at.t), -self.h, self.h)
-        moved = student(at.x_t + append_dims(h, at.x_t) * dx, at.t + h * dt, at.s + h * ds)
-        return (moved.to(at.x_t.dtype) - F) / append_dims(h, at.x_t)
+        with torch.no_grad(), full_precision():
+            here = F if AUTOCAST[self.precision] is None else student(at.x_t, at.t, at.s)
+            moved = student(at.x_t + append_dims(h, at.x_t) * dx, at.t + h * dt, at.s + h * ds)
+        return (moved - here).to(at.x_t.dtype) / append_dims(h, at.x_t)

@@ -7,7 +7,7 @@ the ODE's own mean velocity, g = 0. Signs and limits are checked in tests/flow_m
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ Field = Callable[[Tensor, Tensor], Tensor]  #: a velocity, (x, t) to v: the teac
 class Objective(Protocol):
     """The direction in which a student's mean velocity is wrong."""
 
+    only_to_data: ClassVar[bool]  #: whether it is for s = 0 alone
+
     def __call__(self, student: MeanVelocity, at: Point, F: Tensor, field: Field | None, warmup: float) -> Tensor:
         """g (n, ...), where F = student(x_t, t, s); `warmup`, r in [0, 1], scales the term with a derivative.
 
@@ -49,11 +51,19 @@ class EMD:
     """
 
     derivative: Derivative
+    only_to_data: ClassVar[bool] = False
 
     def __call__(self, student: MeanVelocity, at: Point, F: Tensor, field: Field | None, warmup: float) -> Tensor:
         """See `Objective`."""
         dF = self.derivative(student, at, (at.v, torch.ones_like(at.t), torch.zeros_like(at.s)), F)
         return (F - at.v) + warmup * append_dims(at.t - at.s, F) * dF
+
+
+@dataclass(frozen=True)
+class Consistency(EMD):
+    """EMD where every jump goes to data, s = 0: a continuous-time consistency model (sCM, arXiv 2410.11081)."""
+
+    only_to_data: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,7 @@ class LMD:
     """
 
     derivative: Derivative
+    only_to_data: ClassVar[bool] = False
 
     def __call__(self, student: MeanVelocity, at: Point, F: Tensor, field: Field | None, warmup: float) -> Tensor:
         """See `Objective`."""
@@ -80,6 +91,8 @@ class Shortcut:
     g = F - (F(x_t, t, u) + F(x_u, u, s)) / 2, u = (t + s) / 2, x_u = f(x_t, t, u). No derivative, so no warm-up.
     """
 
+    only_to_data: ClassVar[bool] = False
+
     def __call__(self, student: MeanVelocity, at: Point, F: Tensor, field: Field | None, warmup: float) -> Tensor:
         """See `Objective`."""
         u = (at.t + at.s) / 2
@@ -93,6 +106,13 @@ def normalised(g: Tensor, c: float) -> Tensor:
     """g / (|g| + c), each sample by its own norm over all dimensions: tangent normalisation (sCM; AYF: c = 0.1)."""
     norm = g.flatten(1).norm(dim=1)
     return g / append_dims(norm + c, g)
+
+
+class Matched(NamedTuple):
+    """What one batch gave, each (n,)."""
+
+    loss: Tensor  #: |F - sg(F - g)|^2: its value is |g|^2, its gradient 2 g . dF/dtheta
+    error: Tensor  #: the mean square of g before it is normalised, without gradient: what to watch
 
 
 @dataclass(frozen=True)
@@ -116,8 +136,8 @@ class Matching:
         """r = min(cap, step / H)."""
         return min(self.warmup_cap, step / self.warmup_steps) if self.warmup_steps else self.warmup_cap
 
-    def __call__(self, student: MeanVelocity, at: Point, field: Field | None, step: int) -> Tensor:
-        """The loss |F - sg(F - g)|^2 of each sample, (n,): its value is |g|^2, its gradient 2 g . dF/dtheta."""
+    def __call__(self, student: MeanVelocity, at: Point, field: Field | None, step: int) -> Matched:
+        """The losses at training step `step`, from which the warm-up is counted."""
         gpu = [at.x_t.device] if at.x_t.device.type == "cuda" else []
         dropout = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in gpu]
         F = student(at.x_t, at.t, at.s).to(at.x_t.dtype)
@@ -126,6 +146,6 @@ class Matching:
             for device, state in zip(gpu, dropout[1], strict=True):
                 torch.cuda.set_rng_state(state, device)
             g = self.objective(student, at, F.detach(), field, self.warmup(step))
-            g = g if self.c is None else normalised(g, self.c)
-            target = F.detach() - g
-        return (F - target).square().flatten(1).sum(1)
+            error = g.square().flatten(1).mean(1)
+            target = F.detach() - (g if self.c is None else normalised(g, self.c))
+        return Matched((F - target).square().flatten(1).sum(1), error)

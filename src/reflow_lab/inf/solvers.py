@@ -10,16 +10,21 @@ Heun in t, Heun in sigma and DPM-Solver(r) only choose t_m and c. Coefficients a
 """
 
 import functools
+import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import require
 from ..flow import T_MIN, MeanVelocity
+from ..noise import Indices, normal
 
 Callback = Callable[[int, float, Tensor], None]  #: called as (i, t_i, x_i) before step i
 Field = Callable[[Tensor, float], Tensor]  #: (x, t) -> v, with the label bound
@@ -258,3 +263,64 @@ class Adaptive:
             return times
         require(grid[0].item() > T_MIN, "t_max", grid[0].item(), f"a number above {T_MIN:.6g} with the adaptive solver")
         return torch.cat((times[times > T_MIN * (1 + 1e-9)], times.new_tensor([T_MIN])))
+
+
+@dataclass(frozen=True)
+class FlowMap:
+    """The jumps of a flow map from each time to the next (Align Your Flow), one call each; downward only.
+
+    gamma in [0, 1] is how much of the noise at the next time is fresh: 0 is deterministic, 1 jumps to data and noises again, as a
+    consistency model does. With sigma = s / (1 - s) and sigma' = sqrt(1 - gamma^2) sigma, s' = sigma' / (1 + sigma'),
+    x_s = (1 - s) / (1 - s') f(x, t, s') + gamma s z keeps the marginal (derived, tested on Gaussians). lam_guid is the guidance
+    that the flow map is told, 1 is none. z is keyed by the sample's own starting noise, so that no sample depends on its batch.
+    """
+
+    gamma: float = 0.0
+    lam_guid: float = 1.0
+
+    fixed_step: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        require(0 <= self.gamma <= 1, "inf.solver.gamma", self.gamma, "a number in [0, 1]")
+        require(self.lam_guid >= 0, "inf.solver.lam_guid", self.lam_guid, "a number of at least 0; 1 is no guidance")
+
+    def num_steps(self, nfe: int, start: float, stop: float) -> int:
+        """One call a step."""
+        return nfe
+
+    def __call__(
+        self,
+        velocity: MeanVelocity,
+        x: Tensor,
+        grid: Tensor,
+        *,
+        label: Tensor | None = None,
+        nfe: int | None = None,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """Carry x, (n, ...), from time grid[0] down to grid[-1]."""
+        times = grid.tolist()
+        require(times[0] > times[-1], "inf/solver", "flow_map", "goes from noise to data only; forward pairs need another solver")
+        lam_guid, keys = x.new_tensor(self.lam_guid), row_keys(x) if self.gamma else None
+        for i, (t, s) in enumerate(pairwise(times)):
+            if callback is not None:
+                callback(i, t, x)
+            aim = self.aim(s)
+            F = velocity(x, x.new_full((len(x),), t), x.new_full((len(x),), aim), label=label, lam_guid=lam_guid)
+            x = torch.add(x, F.to(x.dtype), alpha=aim - t)
+            if keys is not None and s > 0:
+                z = normal(0, f"inf/flow_map/{i}", keys, tuple(x.shape[1:])).to(x)
+                x = (1 - s) / (1 - aim) * x + self.gamma * s * z
+        return x
+
+    def aim(self, s: float) -> float:
+        """s', from which fresh noise leads back to s."""
+        kept = math.sqrt(1 - self.gamma**2) * s
+        return kept / (1 - s + kept) if self.gamma else s
+
+
+def row_keys(x: Tensor) -> Indices:
+    """A number in [0, 2^62) for each row of x, (n, ...), from its bytes alone."""
+    rows = x.detach().cpu().contiguous().flatten(1).numpy()
+    digests = [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in rows]
+    return np.array([int.from_bytes(found, "little") >> 2 for found in digests], dtype=np.int64)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .edm import Block, EDMUNet, Style
-from .embedding import PositionalNoise, c_noise, one_hot
+from .embedding import Jump, PositionalNoise, one_hot
 from .skeleton import Skeleton
 
 
@@ -14,7 +14,7 @@ class ADM(EDMUNet):
     """F(x, t, label, augment) of 296M parameters as it stands, with 1000 classes.
 
     Level i has `num_blocks` blocks of `channels * multipliers[i]` channels at `resolution / 2^i` pixels; heads of 64 channels
-    attend, so a level narrower than that does not.
+    attend, so a level narrower than that does not. With `jumps` it is a flow map's.
     """
 
     def __init__(
@@ -28,21 +28,23 @@ class ADM(EDMUNet):
         num_blocks: int = 3,
         attention_resolutions: Sequence[int] = (32, 16, 8),
         dropout: float = 0.1,
+        jumps: bool = False,
     ) -> None:
         widths = [channels * m for m in multipliers]
         skeleton = Skeleton(resolution, widths[0], widths, num_blocks, attention_resolutions)
         super().__init__(in_channels, skeleton, 4 * channels, Style(dropout, 1e-5, modulates=True, head_dim=64))
-        self.num_classes = num_classes
+        self.num_classes, self.jumps = num_classes, jumps
         self.map_noise = PositionalNoise(channels, reaches_end=False, sines_first=False)
         self.map_augment = nn.Linear(augment_dim, channels, bias=False) if augment_dim else None
         self.map_layer0 = nn.Linear(channels, 4 * channels)
         self.map_layer1 = nn.Linear(4 * channels, 4 * channels)
         self.map_label = nn.Linear(num_classes, 4 * channels, bias=False) if num_classes else None
         initialise(self)
+        self.jump = Jump(channels, replaces_time=True) if jumps else None
 
-    def embed(self, t: Tensor, label: Tensor | None, augment: Tensor | None) -> Tensor:
+    def embed(self, features: Tensor, label: Tensor | None, augment: Tensor | None) -> Tensor:
         """The embedding (n, 4 channels)."""
-        embedding = self.map_noise(c_noise(t)).to(self.map_layer0.weight.dtype)
+        embedding = features
         if self.map_augment is not None and augment is not None:
             embedding = embedding + self.map_augment(augment)
         embedding = self.map_layer1(F.silu(self.map_layer0(embedding)))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .edm import Block, EDMUNet, Style
-from .embedding import FourierNoise, PositionalNoise, c_noise, one_hot
+from .embedding import FourierNoise, Jump, PositionalNoise, one_hot
 from .skeleton import Skeleton
 
 
@@ -16,7 +16,7 @@ class DDPMpp(EDMUNet):
 
     Level i has `num_blocks` blocks of `channels * multipliers[i]` channels at `resolution / 2^i` pixels; EDM takes the
     multipliers (2, 2, 2) at 32 pixels and (1, 2, 2, 2) at 64. `augment_dim` (EDM: 9, or 0 for none) is the length of the
-    augmentation label, which is added where it is given.
+    augmentation label, which is added where it is given. With `jumps` it is a flow map's.
     """
 
     taps: tuple[int, ...] = (1, 1)
@@ -32,11 +32,12 @@ class DDPMpp(EDMUNet):
         num_blocks: int = 4,
         attention_resolutions: Sequence[int] = (16,),
         dropout: float = 0.13,
+        jumps: bool = False,
     ) -> None:
         skeleton = Skeleton(resolution, channels, [channels * m for m in multipliers], num_blocks, attention_resolutions, True)
         style = Style(dropout, 1e-6, self.taps, projects=True, scale=math.sqrt(0.5))
         super().__init__(in_channels, skeleton, 4 * channels, style)
-        self.num_classes = num_classes
+        self.num_classes, self.jumps = num_classes, jumps
         self.pyramid = self.input_pyramid(in_channels, skeleton)
         self.map_noise = self.noise_features(channels)
         dim = self.map_noise.dim
@@ -45,6 +46,7 @@ class DDPMpp(EDMUNet):
         self.map_layer0 = nn.Linear(dim, 4 * channels)
         self.map_layer1 = nn.Linear(4 * channels, 4 * channels)
         initialise(self)
+        self.jump = Jump(dim, replaces_time=True) if jumps else None
 
     def noise_features(self, channels: int) -> PositionalNoise | FourierNoise:
         """What the noise label becomes first."""
@@ -54,9 +56,9 @@ class DDPMpp(EDMUNet):
         """None: NCSN++ has one."""
         return nn.ModuleDict()
 
-    def embed(self, t: Tensor, label: Tensor | None, augment: Tensor | None) -> Tensor:
+    def embed(self, features: Tensor, label: Tensor | None, augment: Tensor | None) -> Tensor:
         """The embedding (n, 4 channels)."""
-        embedding = self.map_noise(c_noise(t)).to(self.map_layer0.weight.dtype)
+        embedding = features
         if self.map_label is not None:
             embedding = embedding + self.map_label(math.sqrt(self.num_classes) * one_hot(label, self.num_classes, embedding))
         if self.map_augment is not None and augment is not None:

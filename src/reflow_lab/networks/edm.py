@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..errors import require
 from .attention import attend, in_forward_ad, split_heads
+from .embedding import Aim, Jump, features_of_time
 from .skeleton import Skeleton, Stage, resample
 
 
@@ -89,6 +90,10 @@ class Block(nn.Module):
 class EDMUNet(nn.Module):
     """F(x, t, label, augment): (n, c, h, w) to the same shape; a subclass says how time and labels are embedded."""
 
+    map_noise: nn.Module
+    map_layer0: nn.Linear  #: the first layer after the features of time
+    jump: Jump | None  #: of a flow map
+
     def __init__(self, in_channels: int, skeleton: Skeleton, embedding_dim: int, style: Style) -> None:
         super().__init__()
         decoder = skeleton.decoder()
@@ -100,18 +105,24 @@ class EDMUNet(nn.Module):
         self.out_norm = group_norm(width, style.eps)
         self.out_conv = nn.Conv2d(width, in_channels, 3, padding=1)
 
-    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
-        """F(x, t, label): x (n, c, h, w), t (n,), label (n,) or None, augment (n, augment_dim) or None."""
+    def forward(
+        self, x: Tensor, t: Tensor, label: Tensor | None = None, augment: Tensor | None = None, aim: Aim | None = None
+    ) -> Tensor:
+        """F(x, t, label): x (n, c, h, w), t (n,), label (n,) or None, augment (n, augment_dim) or None; aim for a flow map."""
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 would blur the noise level
-            embedding = self.embed(t, label, augment)
+            embedding = self.embed(self.time_features(t, aim), label, augment)
         skips = self.encode(x, embedding)
         h = skips[-1]
         for joins, block in zip(self.joins, self.dec.values(), strict=True):
             h = block(torch.cat((h, skips.pop()), dim=1) if joins else h, embedding)
         return self.out_conv(F.silu(self.out_norm(h)))
 
-    def embed(self, t: Tensor, label: Tensor | None, augment: Tensor | None) -> Tensor:
-        """The embedding (n, embedding_dim) of time and labels."""
+    def time_features(self, t: Tensor, aim: Aim | None = None) -> Tensor:
+        """The features of time (n, dim)."""
+        return features_of_time(self.map_noise, self.jump, t, aim).to(self.map_layer0.weight.dtype)
+
+    def embed(self, features: Tensor, label: Tensor | None, augment: Tensor | None) -> Tensor:
+        """The embedding (n, embedding_dim) of time, by its features, and labels."""
         raise NotImplementedError
 
     def encode(self, x: Tensor, embedding: Tensor) -> list[Tensor]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import attend, in_forward_ad, split_heads
-from .embedding import c_noise, one_hot
+from .embedding import Aim, Jump, features_of_time, one_hot
 from .skeleton import Skeleton, Stage, resample
 
 HEAD_DIM = 64  #: channels a head
@@ -121,6 +121,7 @@ class EDM2(nn.Module):
     `channels` sets the size: 128 is XS, 192 S, 256 M, 320 L, 384 XL, 448 XXL. Level i has `num_blocks` blocks of
     `channels * multipliers[i]` channels at `resolution / 2^i` pixels; heads of 64 channels attend, so a level narrower than
     that does not. In training mode every pass that records gradients normalises the stored weights first (equation 66).
+    With `jumps` it is a flow map's.
     """
 
     def __init__(
@@ -133,9 +134,10 @@ class EDM2(nn.Module):
         num_blocks: int = 3,
         attention_resolutions: Sequence[int] = (16, 8),
         dropout: float = 0.0,
+        jumps: bool = False,
     ) -> None:
         super().__init__()
-        self.num_classes, widths = num_classes, [channels * m for m in multipliers]
+        self.num_classes, self.jumps, widths = num_classes, jumps, [channels * m for m in multipliers]
         skeleton, dim = Skeleton(resolution, widths[0], widths, num_blocks, attention_resolutions), max(widths)
         decoder = skeleton.decoder()
         self.emb_fourier = MPFourier(widths[0])
@@ -147,13 +149,14 @@ class EDM2(nn.Module):
         self.joins = [stage.joins for stage in decoder]
         self.out_gain = nn.Parameter(torch.zeros([]))
         self.out_conv = MPConv(widths[0], in_channels, 3, 3)
+        self.jump = Jump(widths[0], replaces_time=True) if jumps else None
 
-    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        """F(x, t, label): x (n, c, h, w), t (n,), label (n,) or None."""
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None, aim: Aim | None = None) -> Tensor:
+        """F(x, t, label): x (n, c, h, w), t (n,), label (n,) or None; aim for a flow map."""
         if self.training and torch.is_grad_enabled() and not in_forward_ad():
             self.force_unit_weights()
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 would blur the noise level
-            embedding = self.embed(t, label)
+            embedding = self.embed(self.time_features(t, aim), label)
         stem, *blocks = self.enc.values()
         skips = [stem(torch.cat((x, torch.ones_like(x[:, :1])), dim=1))]  # a constant stands in for biases
         for block in blocks:
@@ -163,9 +166,13 @@ class EDM2(nn.Module):
             h = block(mp_cat(h, skips.pop()) if joins else h, embedding)
         return self.out_conv(h, self.out_gain)
 
-    def embed(self, t: Tensor, label: Tensor | None) -> Tensor:
-        """The embedding (n, dim) of time and label."""
-        embedding = self.emb_noise(self.emb_fourier(c_noise(t)).to(self.emb_noise.weight.dtype))
+    def time_features(self, t: Tensor, aim: Aim | None = None) -> Tensor:
+        """The features of time (n, channels)."""
+        return features_of_time(self.emb_fourier, self.jump, t, aim).to(self.emb_noise.weight.dtype)
+
+    def embed(self, features: Tensor, label: Tensor | None) -> Tensor:
+        """The embedding (n, dim) of time, by its features, and label."""
+        embedding = self.emb_noise(features)
         if self.emb_label is not None:
             labels = math.sqrt(self.num_classes) * one_hot(label, self.num_classes, embedding)
             embedding = mp_sum(embedding, self.emb_label(labels), 0.5)

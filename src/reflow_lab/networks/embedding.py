@@ -1,5 +1,7 @@
 """Embeddings of time and class label."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,17 +28,64 @@ class FourierTime(nn.Module):
         return torch.cat((angles.cos(), angles.sin()), dim=1)
 
 
-class Conditioning(nn.Module):
-    """Time (n,) and, for a conditional network, label (n,), as one embedding (n, dim)."""
+class Aim(NamedTuple):
+    """What a flow map's network is told beside t: the time s at which to arrive, and how strongly its teacher is guided."""
 
-    def __init__(self, dim: int, num_classes: int = 0) -> None:
+    s: Tensor  #: (n,)
+    lam_guid: Tensor  #: (n,), 1 is no guidance
+
+
+class Jump(nn.Module):
+    """Where a flow map starts and arrives, and the guidance of its teacher (Align Your Flow), as features (n, dim).
+
+    t goes in as it is: the derivative of ln(sigma) in t is infinite at both ends. With `replaces_time` they stand for those
+    of the noise level, with which `time` has yet to be aligned (flow_maps/alignment.py); else they are added to a time's.
+    What s and lam_guid contribute starts at zero: a fresh flow map is the velocity that it is made from, whatever s.
+    """
+
+    def __init__(self, dim: int, replaces_time: bool) -> None:
+        super().__init__()
+        self.features = FourierTime(64, max_frequency=4.0)
+        self.time = mlp(FourierTime(128, max_frequency=16.0), 128, dim) if replaces_time else None
+        self.aim = mlp(nn.Identity(), 3 * 64, dim)
+        nn.init.zeros_(self.aim[-1].weight)
+        nn.init.zeros_(self.aim[-1].bias)
+
+    def forward(self, t: Tensor, aim: Aim) -> Tensor:
+        """The features (n, dim), float32."""
+        told = self.aim(torch.cat([self.features(z) for z in (aim.s, t - aim.s, aim.lam_guid / 4)], dim=1))
+        return told if self.time is None else self.time(t) + told
+
+
+def features_of_time(map_noise: nn.Module, jump: Jump | None, t: Tensor, aim: Aim | None) -> Tensor:
+    """What a network of EDM's kind embeds: the features of its noise level, or those of a flow map's jump in their place."""
+    if jump is None:
+        features: Tensor = map_noise(c_noise(t))
+        return features
+    assert aim is not None, "a flow map wants to know where to arrive"
+    return jump(t, aim)
+
+
+def mlp(features: nn.Module, width: int, dim: int) -> nn.Sequential:
+    """Features (n, width), one hidden layer, (n, dim)."""
+    return nn.Sequential(features, nn.Linear(width, 256), nn.SiLU(), nn.Linear(256, dim))
+
+
+class Conditioning(nn.Module):
+    """Time (n,) and, for a conditional network, label (n,), as one embedding (n, dim); of a flow map also its aim."""
+
+    def __init__(self, dim: int, num_classes: int = 0, jumps: bool = False) -> None:
         super().__init__()
         self.time = nn.Sequential(FourierTime(dim), nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.label = nn.Embedding(num_classes, dim) if num_classes else None
+        self.jump = Jump(dim, replaces_time=False) if jumps else None
 
-    def forward(self, t: Tensor, label: Tensor | None) -> Tensor:
+    def forward(self, t: Tensor, label: Tensor | None, aim: Aim | None = None) -> Tensor:
         """The embedding (n, dim); NO_LABEL adds nothing to that of time."""
         embedding = self.time(t)
+        if self.jump is not None:
+            assert aim is not None, "a flow map wants to know where to arrive"
+            embedding = embedding + self.jump(t, aim)
         if self.label is None:
             return embedding
         assert label is not None, "a conditional network wants labels"

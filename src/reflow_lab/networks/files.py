@@ -110,9 +110,14 @@ def load(path: Path) -> nn.Module:
     return network.eval()
 
 
-def load_into(network: nn.Module, path: Path, key: str = "path") -> None:
-    """Copy a file's weights into a network; a difference in names or shapes is a user's error that lists at most ten."""
+def load_into(network: nn.Module, path: Path, key: str = "path", fresh: str | None = None) -> None:
+    """Copy a file's weights into a network; a difference in names or shapes is a user's error that lists at most ten.
+
+    Weights with `fresh` in their names stay as they are where the file has none.
+    """
     state = read_state(path)
+    if fresh is not None:
+        state = {name: value for name, value in network.state_dict().items() if fresh in name} | state
     require_fit(network, state, key, path)
     network.load_state_dict(state)
 

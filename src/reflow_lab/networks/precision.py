@@ -1,5 +1,9 @@
 """A velocity in the chosen precision."""
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +15,19 @@ AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16}  #: Lightning's names
 def require_precision(precision: str) -> None:
     """Raise a `UserError` unless the precision is one of AUTOCAST."""
     require(precision in AUTOCAST, "precision", precision, f"allowed: {', '.join(AUTOCAST)}")
+
+
+_reduced = ContextVar("reduced", default=True)
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Within, no velocity is called under autocast: for differences of two calls, which bfloat16 would drown in rounding."""
+    token = _reduced.set(False)
+    try:
+        yield
+    finally:
+        _reduced.reset(token)
 
 
 class InPrecision(nn.Module):
@@ -33,5 +50,5 @@ class InPrecision(nn.Module):
     ) -> Tensor:
         """See `MeanVelocity`; augmentation labels (n, augment_dim), where given, go to a velocity that takes them."""
         more = {} if augment is None else {"augment": augment}
-        with torch.autocast(x_t.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
+        with torch.autocast(x_t.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None and _reduced.get()):
             return self.velocity(x_t, t, s, label=label, lam_guid=lam_guid, **more).to(x_t.dtype)

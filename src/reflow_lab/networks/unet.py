@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import require
 from .attention import scaled_dot_product
 from .edm import GroupNorm
-from .embedding import Conditioning
+from .embedding import Aim, Conditioning
 
 
 def zero_init(layer: nn.Conv2d) -> nn.Conv2d:
@@ -70,6 +70,7 @@ class UNet(nn.Module):
     `patch` x `patch` pixels are folded into channels first. Level i has `num_blocks` blocks of `channels * multipliers[i]`
     channels on each side, at `resolution / patch / 2^i` pixels; each block's output is a skip to its mirror image.
     Self-attention sits in the middle. `channels` is a multiple of 8. `augment_dim` is the length of the augmentation label.
+    With `jumps` it is a flow map's.
     """
 
     def __init__(
@@ -83,14 +84,16 @@ class UNet(nn.Module):
         patch: int = 2,
         dropout: float = 0.1,
         augment_dim: int = 0,
+        jumps: bool = False,
     ) -> None:
         super().__init__()
         self.in_channels, self.resolution, self.num_classes, self.patch = in_channels, resolution, num_classes, patch
+        self.jumps = jumps
         require(channels % 8 == 0, "channels", channels, "must be a multiple of 8")
         factor = patch * 2 ** (len(multipliers) - 1)
         require(resolution % factor == 0, "resolution", resolution, f"must be a multiple of {factor} for this network")
         dim, widths = 2 * channels, [channels * m for m in multipliers]
-        self.conditioning = Conditioning(dim, num_classes)
+        self.conditioning = Conditioning(dim, num_classes, jumps)
         self.map_augment = nn.Linear(augment_dim, dim, bias=False) if augment_dim else None
         self.stem = nn.Conv2d(in_channels * patch**2, channels, 3, padding=1)
         self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
@@ -106,9 +109,11 @@ class UNet(nn.Module):
         self.head_norm = group_norm(channels)
         self.head = zero_init(nn.Conv2d(channels, in_channels * patch**2, 3, padding=1))
 
-    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
-        """F(x, t, label): x (n, c, h, w), t (n,), label (n,) or None, augment (n, augment_dim) or None."""
-        embedding = self.conditioning(t, label)
+    def forward(
+        self, x: Tensor, t: Tensor, label: Tensor | None = None, augment: Tensor | None = None, aim: Aim | None = None
+    ) -> Tensor:
+        """F(x, t, label): x (n, c, h, w), t (n,), label (n,) or None, augment (n, augment_dim) or None; aim for a flow map."""
+        embedding = self.conditioning(t, label, aim)
         if self.map_augment is not None and augment is not None:
             embedding = embedding + self.map_augment(augment)
         embedding = F.silu(embedding)

@@ -7,6 +7,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from ..dyn.objective import Objective
 from ..dyn.weights import LOSS_FLOOR, LearnedNormalisation
 from ..flow import interpolate
 from ..lrn.couplings import Batch, Coupling
@@ -28,6 +29,7 @@ class AtTime(NamedTuple):
 
 def at_time(module: FlowModule, batch: Batch, t: float) -> AtTime:
     """The pairs at one time t; the gradient is that of the weighted loss in the velocity, per sample."""
+    assert isinstance(module.objective, Objective)
     x0, x1, label, _ = batch
     times = torch.full((len(x0),), t, device=module.device)
     answers: list[Tensor] = []

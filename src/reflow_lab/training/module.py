@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ..data.sets import moved
 from ..dyn.objective import Losses, Objective
+from ..flow_maps.distillation import Distillation
 from ..lrn.couplings import Coupling
 from ..noise import bits, uniform
 from .label_dropout import drop_labels
@@ -27,7 +28,7 @@ class FlowModule(L.LightningModule):
     """
 
     velocity: nn.Module
-    objective: Objective
+    objective: Objective | Distillation
     coupling: Coupling
     losses: Losses  #: of the last step, for whoever logs or guards
     gradient_norm: Tensor  #: of the last step, before clipping
@@ -35,7 +36,7 @@ class FlowModule(L.LightningModule):
     def __init__(
         self,
         velocity: nn.Module,
-        objective: Objective,
+        objective: Objective | Distillation,
         coupling: Coupling,
         *,
         batch_size: int,
@@ -74,9 +75,9 @@ class FlowModule(L.LightningModule):
         if self.label_dropout:
             assert label is not None, "an unconditional flow has no labels to drop"
             label = drop_labels(label, self.label_dropout, self.seed, positions)
-        u = moved(uniform(self.seed, "training/times", positions)[:, 0], self.device)
+        u = moved(uniform(self.seed, "training/times", positions, self.objective.num_uniform).squeeze(1), self.device)
         velocity = self.velocity if augment is None else functools.partial(self.velocity, augment=augment)
-        self.losses = self.objective(velocity, x0, x1, u, label)
+        self.losses = self.objective(velocity, x0, x1, u, label, step)
         return self.losses.total.mean()
 
     def _seed_dropout(self, step: int) -> None:
@@ -94,7 +95,7 @@ class FlowModule(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Adam with linear warm-up; a learned loss weight is a second parameter group with its own rate."""
         groups: list[dict[str, Any]] = [{"params": list(self.velocity.parameters())}]
-        if learned := list(self.objective.parameters()):
+        if isinstance(self.objective, Objective) and (learned := list(self.objective.parameters())):
             groups.append({"params": learned, "lr": self.objective.weight.lr})
         optimizer = Adam(groups, lr=self.lr, betas=self.betas, fused=True)
         schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / self.warmup_steps))

@@ -23,6 +23,7 @@ from ..data.augment import AUGMENT_DIM, UNCHANGED, Augmentation
 from ..data.sets import SampleSet, resident
 from ..dyn.objective import Objective
 from ..errors import UserError, require
+from ..flow_maps.distillation import Distillation
 from ..lrn import online, pairs
 from ..lrn.couplings import (
     HELD_OUT,
@@ -38,10 +39,11 @@ from ..lrn.couplings import (
 )
 from ..networks import files
 from ..networks.precision import InPrecision
-from . import processes
+from . import distil, processes
 from .diagnostics import ByTime, Mix
 from .ema import EMA, Snapshots
 from .few_step import FewStep
+from .jumps import ByJump
 from .lifecycle import Checkpoints, Clock, DurableCheckpoints, JSONLines, Report, Steps
 from .loggers import Loggers
 from .module import FlowModule
@@ -49,6 +51,7 @@ from .overfitting import Overfitting
 
 VERSION = 1  #: of the recipe: increment when the same configuration means another result
 BIASED = "dyn.weight or dyn.metric: the minimiser is not E[x0 | x_t] under"
+NEW = ".jump."  #: in the names of the weights that a flow map has beside its teacher's
 CONFIG_KEYS = ("net", "dyn", "lrn", "training", "seed", "t_max", "precision")  #: what changes the weights
 
 
@@ -82,8 +85,7 @@ def begun(cfg: DictConfig, made: Artifact) -> bool:
         return True
     made.begin()
     OmegaConf.save(cfg, made.folder / "config.yaml", resolve=True)
-    origin = None if cfg.training.start == "scratch" else start_file(cfg)
-    write_json(made.folder / "lineage.json", tracking.lineage(made, origin))
+    write_json(made.folder / "lineage.json", tracking.lineage(made, origin(cfg)))
     return False
 
 
@@ -93,6 +95,8 @@ def plan(cfg: DictConfig) -> Artifact:
     source = parts.data_source(cfg)
     with torch.device("meta"):
         instantiate(cfg.net)  # settings that no network takes are refused before any work
+    if distil.is_asked(cfg):
+        distil.check(cfg)
     mixture = instantiate(cfg.lrn.coupling)
     kinds = mixture.weights if cfg.training.total_kimg else {}
     require_labels(cfg, kinds)
@@ -110,6 +114,9 @@ def plan(cfg: DictConfig) -> Artifact:
         require_same_net(cfg, start_file(cfg), start_key(cfg))
     config = {key: parts.plain(cfg[key]) for key in CONFIG_KEYS}
     del config["training"]["start"]  # a path; its content's hash is among the inputs
+    if distil.is_asked(cfg):
+        config = {key: value for key, value in config.items() if key != "dyn"} | {"flow_map": distil.recipe(cfg)}
+        inputs |= distil.inputs(cfg)
     return artifact(cfg.outputs, "train", VERSION, config=config, inputs=inputs)
 
 
@@ -160,11 +167,16 @@ def start_key(cfg: DictConfig) -> str:
     return "teacher.path" if cfg.training.start == "teacher" else "training.start"
 
 
+def origin(cfg: DictConfig) -> Path | None:
+    """The weight file that training starts from; None from scratch."""
+    return None if cfg.training.start == "scratch" else start_file(cfg)
+
+
 def start(cfg: DictConfig) -> nn.Module:
     """The network at its starting point."""
     network = parts.network(cfg)
     if cfg.training.start != "scratch":
-        files.load_into(network, start_file(cfg), start_key(cfg))
+        files.load_into(network, start_file(cfg), start_key(cfg), fresh=NEW if distil.is_asked(cfg) else None)
     return network
 
 
@@ -224,6 +236,8 @@ def steps(cfg: DictConfig) -> int:
 def fit(cfg: DictConfig, made: Artifact) -> None:
     """Run the training and write the weights; raises `KeyboardInterrupt`, with everything saved, when it was interrupted."""
     network = start(cfg)
+    if distil.is_asked(cfg):
+        parallel.shared(partial(distil.aligned, cfg, network, origin(cfg), made.folder))
     ema = EMA(cfg.training.ema_halflives_mimg, cfg.training.ema_sigma_rels)
     total = steps(cfg)
     with Loggers(cfg, made.folder) as loggers:
@@ -303,8 +317,10 @@ def optimise(
     return clock.seconds
 
 
-def loss(cfg: DictConfig) -> Objective:
-    """The loss of the three parts of `dyn`; a learned weight starts from the run's seed, as the network does."""
+def loss(cfg: DictConfig) -> Objective | Distillation:
+    """The loss of the three parts of `dyn`, or a flow map's; a learned weight starts from the run's seed, as the network does."""
+    if distil.is_asked(cfg):
+        return distil.objective(cfg)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
         # one by one: instantiated together, OmegaConf would take the dataclasses among them for configurations
@@ -340,7 +356,7 @@ def snapshots(cfg: DictConfig, folder: Path, network: nn.Module, ema: EMA) -> li
     return [Snapshots(ema, network, folder / "snapshots", about, **how)]
 
 
-def announce(mixture: Mixture, objective: Objective, counts: Mapping[str, int]) -> None:
+def announce(mixture: Mixture, objective: Objective | Distillation, counts: Mapping[str, int]) -> None:
     """Say in a line how many pairs of each kind a batch holds; warns where the objective does not suit them."""
     if mixture.stochastic and not objective.theory_preserving:
         kinds = " and ".join(mixture.stochastic)
@@ -356,9 +372,10 @@ def watchers(cfg: DictConfig, folder: Path, heldout: Coupling) -> list[L.Callbac
     options, mixture = cfg.trainer, instantiate(cfg.lrn.coupling)
     sampling = {"solver": instantiate(cfg.inf.solver), "grid": instantiate(cfg.inf.grid), "nfe": cfg.nfe, "t_max": cfg.t_max}
     counts, paired = shares(mixture.weights, cfg.training.num_heldout), not mixture.stochastic
+    distils = distil.is_asked(cfg)
     return [
-        ByTime(heldout, options.diagnostics_every_kimg, counts),
-        *overfitting(cfg, list(mixture.weights)),
+        ByJump(heldout, options.diagnostics_every_kimg) if distils else ByTime(heldout, options.diagnostics_every_kimg, counts),
+        *([] if distils else overfitting(cfg, list(mixture.weights))),
         FewStep(heldout, **sampling, every_kimg=options.few_step_every_kimg, paired=paired, picture_path=folder / "few_step.png"),
     ]
 
@@ -428,4 +445,5 @@ def description(cfg: DictConfig) -> dict[str, Any]:
         "t_max": cfg.t_max,
         "kimg": cfg.training.total_kimg,
         "label_dropout": cfg.training.label_dropout,
+        **({"lam_guid": parts.plain(cfg.flow_map.guidance.lam_guid)} if distil.is_asked(cfg) else {}),
     }

@@ -1,0 +1,91 @@
+"""A flow map from its configuration: the objective with its teacher, the guidance of that, and what of all this is recorded."""
+
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from .. import parts
+from ..artifacts import write_json
+from ..errors import require
+from ..flow_maps.alignment import align
+from ..flow_maps.distillation import Distillation
+from ..flow_maps.objectives import Matching
+from ..inf import guidance
+from ..networks import files
+
+SOURCES = ("teacher", "data")  #: of the velocity that is learned
+
+
+def is_asked(cfg: DictConfig) -> bool:
+    """Whether a flow map is to be trained, not a velocity."""
+    return OmegaConf.select(cfg, "flow_map.objective") is not None
+
+
+def check(cfg: DictConfig) -> None:
+    """Raise a `UserError` for a flow map that could not be trained, before any work."""
+    options = cfg.flow_map
+    require(options.velocity in SOURCES, "flow_map.velocity", options.velocity, f"allowed: {', '.join(SOURCES)}")
+    parts.require_whole("flow_map.align_steps", options.align_steps, 0)
+    lam_guid, how = parts.plain(options.guidance.lam_guid), options.guidance.how
+    pair = isinstance(lam_guid, list) and len(lam_guid) == 2 and all(map(parts.is_number, lam_guid))
+    require(
+        pair and 0 <= lam_guid[0] <= lam_guid[1], "flow_map.guidance.lam_guid", lam_guid, "must be two numbers, 0 <= low <= high"
+    )
+    allowed = "is for a guided teacher: flow_map/guidance=auto or cfg"
+    require(how is not None or lam_guid == [1, 1], "flow_map.guidance.lam_guid", lam_guid, allowed)
+    untaught = "has no teacher to guide: flow_map.velocity=teacher"
+    require(how is None or options.velocity == "teacher", "flow_map.velocity", options.velocity, untaught)
+    Distillation(matching(cfg), instantiate(options.times), None)
+
+
+def matching(cfg: DictConfig) -> Matching:
+    """The objective with its stabilisers."""
+    options = cfg.flow_map
+    return Matching(instantiate(options.objective), options.c, options.warmup_steps, options.warmup_cap)
+
+
+def objective(cfg: DictConfig) -> Distillation:
+    """What training minimises; the teacher and its guide come in the chosen precision, on the chosen device."""
+    options, teacher = cfg.flow_map, None
+    if options.velocity == "teacher":
+        run = parts.teacher(cfg)
+        teacher = guided(cfg).velocity(run.velocity(cfg), cfg.precision, parts.device(cfg)).requires_grad_(False)
+        if cfg.training.compile:
+            teacher.compile()
+    low, high = options.guidance.lam_guid
+    return Distillation(matching(cfg), instantiate(options.times), teacher, (low, high))
+
+
+def guided(cfg: DictConfig) -> guidance.Checked:
+    """The guidance of the teacher, its guide found."""
+    return guidance.check(instantiate(cfg.flow_map.guidance.how), parts.teacher(cfg).description, "flow_map.guidance.how")
+
+
+def recipe(cfg: DictConfig) -> dict[str, Any]:
+    """The settings that change the result; a guide is told by its hash, see `inputs`."""
+    settings = parts.plain(cfg.flow_map)
+    return {**settings, "guidance": settings["guidance"]["lam_guid"]}
+
+
+def inputs(cfg: DictConfig) -> dict[str, Any]:
+    """What else it is made from: teacher and guide, by their hashes."""
+    if cfg.flow_map.velocity != "teacher":
+        return {"teacher": None}
+    return {"teacher": parts.teacher(cfg).hash, "guidance": guided(cfg).recipe}
+
+
+def aligned(cfg: DictConfig, network: nn.Module, start: Path | None, folder: Path) -> None:
+    """Let a flow map that starts from a velocity learn its time embedding; the errors go to align.json in the run's folder."""
+    begun = (folder / "last.ckpt").exists()
+    if start is None or begun or files.describe(start)["net"].get("network", {}).get("jumps"):
+        return
+    inner, before = (getattr(net, "network", net) for net in (network, files.load(start)))
+    errors = align(inner, before, cfg.flow_map.align_steps, cfg.seed)
+    if errors:
+        write_json(folder / "align.json", {"relative_error": errors})
+        print(f"time embedding aligned with the teacher's: relative error {errors[0]:.2g}, now {errors[-1]:.2g}")
+    elif cfg.flow_map.align_steps:
+        print("time embedding: this network's teacher takes t itself, there is nothing to align")
