@@ -206,6 +206,37 @@ def test_a_taught_row_alone_is_made_with_what_it_needs(toy, run, work):
     assert cells("alone") == [cell for cell in cells("whole") if cell["name"] == "k = 2"]
 
 
+STAGES = [
+    {"name": "first", "overrides": []},
+    {"name": "second", "overrides": ["training.lr=1e-4"], "start": "first", "against": "first"},
+    {"name": "taught", "overrides": [], "teacher": "first", "start": "second"},
+]
+
+
+def test_a_row_may_start_from_an_earlier_one_and_keep_its_teacher(toy, run, work):
+    """Or have another one: weights from one run, pairs from the other."""
+    write(work, overrides=SHORT, rows=STAGES, nfe=[2])
+    outputs = work / "shared"
+    assert run("seeds=2", f"outputs={outputs}", "out=here")[0] == 0
+    runs = {(cell["name"], cell["seed"]): Path(cell["run"]) for cell in cells("here")}
+
+    def hashed(path):
+        return files.weights_hash(files.find(path))
+
+    def inputs(name, seed):
+        found = json.loads((runs[name, seed] / "recipe.json").read_text())["inputs"]
+        (store,) = found["pairs"].values()
+        return found["start"], json.loads((outputs / "pairs" / store / "recipe.json").read_text())["teacher"]
+
+    for seed in (0, 1):
+        first, second = (hashed(runs[name, seed]) for name in ("first", "second"))
+        assert inputs("first", seed) == (hashed(toy.teacher), hashed(toy.teacher))
+        assert inputs("second", seed) == (first, hashed(toy.teacher))
+        assert inputs("taught", seed) == (second, first)
+    assert run("out=alone", "rows=[second]", f"outputs={outputs}")[0] == 0
+    assert [cell["run"] for cell in cells("alone")] == [str(runs["second", 0])]
+
+
 def test_a_part_of_a_table_does_not_replace_the_whole(toy, run, work):
     write(work, overrides=SHORT)
     run("out=here")
@@ -334,6 +365,10 @@ MALFORMED = {
     ),
     "taught by itself": ({"rows": [ROWS[0], {**ROWS[1], "teacher": "BSL"}]}, "must be one of the rows before it: base flow"),
     "the first taught": ({"rows": [{**ROWS[0], "teacher": "x"}]}, "must be one of the rows before it: there are none"),
+    "started from itself": (
+        {"rows": [ROWS[0], {**ROWS[1], "start": "BSL"}]},
+        "BSL.start=BSL: must be one of the rows before it: base flow",
+    ),
     "against itself": ({"rows": [ROWS[0], {**ROWS[1], "against": "BSL"}]}, "BSL.against=BSL: must be one of base flow"),
 }
 
@@ -365,6 +400,10 @@ MISTAKES = {
     ),
     "name=v": ({"rows": [*AGAIN[:2], {**AGAIN[2], "overrides": ["dyn/time=none"]}]}, "k = 3: dyn/time=none: no such member"),
     "name=y": ({"rows": [*ROWS, {"name": "z", "overrides": ["dyn/weight=none"]}]}, "z: dyn/weight=none: no such member"),
+    "name=u": (
+        {"rows": [*STAGES[:1], {"name": "wide", "overrides": ["net.network.width=48"], "start": "first"}]},
+        "training.start=the row first: these weights belong to another network; net.network.width: 32 in the file, 48 here",
+    ),
     "inf/grid=listed": ({}, "grid.times="),
     "inf/guidance=cfg": ({}, "inf.guidance=cfg: this flow is unconditional"),
 }

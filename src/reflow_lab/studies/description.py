@@ -11,8 +11,8 @@ from ..errors import UserError, require
 from ..paths import experiments_dirs
 
 Paper = dict[str, dict[str, Any]]  #: data set -> value and its source, a tag of where the number was read
-OPTIONAL = ("against", "teacher", "guide", "paper")  #: keys of a row beside name and overrides
-LINKS = ("teacher", "guide")  #: that name an earlier row, whose run of the same seed is used
+OPTIONAL = ("against", "teacher", "start", "guide", "paper")  #: keys of a row beside name and overrides
+LINKS = ("teacher", "start", "guide")  #: that name an earlier row, whose run of the same seed is used
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,16 @@ class Row:
     """One row: a name, the overrides that make it, the row against which its effect is measured.
 
     `teacher` names an earlier row, whose run (of the same seed) makes this one's pairs and starts it: k-fold ReFlow. Without it
-    the study's teacher does. All rows are measured against the study's teacher. `guide` names an earlier row whose run is the
-    weaker velocity of autoguidance. `paper` is the paper's number by data set.
+    the study's teacher does. All rows are measured against the study's teacher. `start` names an earlier row from whose run
+    training starts, whoever teaches: a second stage. `guide` names an earlier row whose run is the weaker velocity of
+    autoguidance. `paper` is the paper's number by data set.
     """
 
     name: str
     overrides: tuple[str, ...]
     against: str | None = None
     teacher: str | None = None
+    start: str | None = None
     guide: str | None = None
     paper: Paper = field(default_factory=dict, hash=False)
 

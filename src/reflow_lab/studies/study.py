@@ -7,7 +7,7 @@ Hydra launcher is chosen. Jobs that need the same run or pairs wait for whicheve
 import contextlib
 import copy
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,10 +108,7 @@ def plan(study: Study, names: Iterable[str], seeds: Iterable[int], given: Sequen
     seeds, wanted = list(seeds), needed(study, names)
     planned = {(name, seed): compose(study, study.row(name), seed, given) for name in wanted for seed in seeds}
     for found in planned.values():
-        if found.row.teacher is None:
-            train.plan(found.training)
-        else:
-            check_taught(found, planned[found.row.teacher, found.seed])
+        check_linked(found, {name: planned[name, found.seed] for name in sources(found.row)})
         if found.row.guide is None:
             check_guidance(found)
     return list(planned.values())
@@ -133,10 +130,18 @@ def needed(study: Study, names: Iterable[str]) -> list[str]:
     return [row.name for row in study.rows if row.name in found]
 
 
-def taught(cfg: DictConfig, teacher: Path) -> DictConfig:
-    """The configuration with another teacher."""
-    changed = copy.deepcopy(cfg)
-    changed.teacher.path, changed.teacher.profile = str(teacher), None
+def sources(row: Row) -> list[str]:
+    """The rows whose runs its training takes."""
+    return [name for name in (row.teacher, row.start) if name is not None]
+
+
+def linked(planned: Planned, runs: Mapping[str, Path]) -> DictConfig:
+    """The configuration to train, with the runs of the rows that teach it and that it starts from."""
+    changed, row = copy.deepcopy(planned.training), planned.row
+    if row.teacher is not None:
+        changed.teacher.path, changed.teacher.profile = str(runs[row.teacher]), None
+    if row.start is not None:
+        changed.training.start = str(runs[row.start])
     return changed
 
 
@@ -148,19 +153,23 @@ def guided(cfg: DictConfig, weaker: Path) -> DictConfig:
     return changed
 
 
-def check_taught(planned: Planned, teacher: Planned) -> None:
-    """Raise a `UserError` if a row could not be trained from another one, which may be untrained itself.
+def check_linked(planned: Planned, others: Mapping[str, Planned]) -> None:
+    """Raise a `UserError` if a row could not be trained from other ones, which may be untrained themselves.
 
-    For its weights stands a file of their description alone: a check reads no more. With `net=teacher` the row has that network.
+    For their weights stand files of their description alone: a check reads no more. With `net=teacher` the row has that network.
     """
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "teacher.safetensors"
-        files.save(nn.Identity(), path, train.description(teacher.training))
-        changed = taught(planned.training, path)
+        paths = {name: Path(folder) / f"{i}.safetensors" for i, name in enumerate(others)}
+        for name, path in paths.items():
+            files.save(nn.Identity(), path, train.description(others[name].training))
+        changed = linked(planned, paths)
         try:
             train.plan(changed)
         except UserError as error:
-            raise UserError(str(error).replace(str(path), f"the row {teacher.row.name}")) from None
+            line = str(error)
+            for name, path in paths.items():
+                line = line.replace(str(path), f"the row {name}")
+            raise UserError(line) from None
     planned.training.net = changed.net
 
 
@@ -229,8 +238,7 @@ def experiment(row: Row, study: Study) -> str:
 
 def trained(planned: Planned, runs: dict[str, Path]) -> Path:
     """The run of a row, trained if it is not there."""
-    teacher = planned.row.teacher
-    return train.train(planned.training if teacher is None else taught(planned.training, runs[teacher]))
+    return train.train(linked(planned, runs))
 
 
 def measured(planned: Planned, runs: dict[str, Path]) -> list[dict[str, Any]]:
