@@ -23,14 +23,15 @@ from . import parts
 from .artifacts import Artifact, artifact, file_hash
 from .bench import QUICKSTART, Sizes, configured, machine, race, ratio, seconds
 from .errors import require
+from .filling import conditions, threads
 from .flow import MeanVelocity
 from .inf.sampler import sample
 from .lrn.couplings import Draws
-from .lrn.generation import conditions, fill, threads
 from .lrn.pairs import solve
-from .lrn.store import DTYPES, PairStore, decode, encode, pair_noise
+from .lrn.store import PairStore, fill, pair_noise
 from .networks.precision import InPrecision
 from .noise import Indices, chunks
+from .shards import DTYPES, decode, encode
 
 SHAPE = (3, 32, 32)  #: of the large store's images
 SMALL = 10_000  #: pairs of the store that the large one's memory is compared with

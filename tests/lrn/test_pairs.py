@@ -107,7 +107,7 @@ NOISY = ("pairs.start_noise=true",)
 
 def test_a_whole_store_is_not_made_again(cfg, monkeypatch):
     first = pairs.ensure(cfg(), "backward").folder
-    monkeypatch.setattr(pairs.generation, "fill", None)
+    monkeypatch.setattr(pairs, "fill", None)
     assert pairs.ensure(cfg(), "backward").folder == first
 
 

@@ -7,17 +7,8 @@ import torch
 
 from reflow_lab.data.sets import ImageSet
 from reflow_lab.errors import UserError
-from reflow_lab.lrn.store import (
-    PairStore,
-    encode,
-    noise_check,
-    pair_images,
-    pair_labels,
-    pair_noise,
-    shard_name,
-    write_manifest,
-    write_shard,
-)
+from reflow_lab.lrn.store import PairStore, noise_check, own_check, pair_images, pair_labels, pair_noise
+from reflow_lab.shards import encode, shard_name, write_manifest, write_shard
 
 SHAPE, SEED = (1, 4, 4), 5
 COUNTS = [4, 4, 2]
@@ -36,7 +27,8 @@ def make(folder, kind="backward", dtype="float32", num_classes=0, flips=False):
         shards.append({"file": shard_name(i), "count": len(part), "sha256": checksum})
     recipe = {"kind": kind, "half": "x0" if kind == "backward" else "x1", "count": 10, "shape": list(SHAPE), "seed": SEED}
     recipe |= {"num_classes": num_classes, "dtype": dtype, "flips": flips}
-    write_manifest(folder, recipe, {"device": "cpu"}, shards)
+    check = own_check(recipe) if kind == "backward" else None
+    write_manifest(folder, recipe | {"noise_check": check}, {"device": "cpu"}, shards)
     return PairStore(folder, images() if kind == "forward" else None), values
 
 

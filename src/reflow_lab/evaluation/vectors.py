@@ -1,7 +1,7 @@
 """What is known of each sample, its features first, on the disk: memory does not grow with their number, and all ranks take part.
 
-Rows of float32 numbers, one a sample, in shards that any number of processes fill together as they do a pair store's
-(`lrn.generation`): a process takes a shard that nobody has, and after a kill or a ctrl-C only unfinished shards are drawn again.
+Rows of float32 numbers, one a sample, in a store of shards (`reflow_lab.shards`), which any number of processes fill together:
+a process takes a shard that nobody has, and after a kill or a ctrl-C only unfinished shards are drawn again.
 """
 
 import contextlib
@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import filling
 from ..artifacts import Artifact, artifact
-from ..lrn import generation
-from ..lrn.store import PairStore
 from ..noise import Indices
+from ..shards import ShardStore
 
 VERSION = 1  #: of the recipe: increment when the same configuration means another result
 STAGE = "vectors"  #: the folder under outputs
@@ -31,7 +31,7 @@ CHUNK = 1024  #: samples read at a time
 class Vectors:
     """Some columns, `first` to `last`, of rows on the disk: float32 (n, last - first), read a chunk at a time."""
 
-    store: PairStore
+    store: ShardStore
     first: int
     last: int
 
@@ -64,19 +64,17 @@ class Vectors:
 def plan(outputs: str | Path, count: int, width: int, batch_size: int, **of: Any) -> Artifact:
     """The artifact of `count` rows of `width` numbers; `of` says what they are, and batches do not straddle shards."""
     size = max(1, SHARD // batch_size) * batch_size
-    files = {"kind": "measured", "half": None, "count": count, "shape": [width], "shard_size": size, "dtype": "float32"}
-    unused = {"num_classes": 0, "seed": None, "flips": False}  # of a pair store's manifest
-    return artifact(outputs, STAGE, VERSION, **of, **files, **unused)
+    return artifact(outputs, STAGE, VERSION, **of, count=count, shape=[width], shard_size=size, dtype="float32")
 
 
-def fill(made: Artifact, draw: generation.Draw, device: torch.device, what: str) -> Vectors:
+def fill(made: Artifact, draw: filling.Draw, device: torch.device, what: str) -> Vectors:
     """The rows, drawn first where they are missing, alone or with other processes; returns when all are there.
 
     draw: of indices, their rows, (m, width) at a time, in order. what: said beside the bar. Raises a `UserError` for NaN, and
     for a disk without room.
     """
-    generation.fill(made, draw, generation.conditions(device), unit="samples", what=what)
-    return Vectors(PairStore(made.folder), 0, made.recipe["shape"][0])
+    filling.fill(made, draw, filling.conditions(device), unit="samples", what=what)
+    return Vectors(ShardStore(made.folder), 0, made.recipe["shape"][0])
 
 
 @contextlib.contextmanager

@@ -19,18 +19,19 @@ from ..data.sets import SampleSet
 from ..data.sources import DataSource
 from ..errors import UserError, require
 from ..evaluation.features import Lite0Features
+from ..filling import Draw, threads
 from ..flow import MeanVelocity
 from ..inf import guidance
 from ..networks import files
 from ..networks.precision import InPrecision
 from ..noise import Indices, chunks, permutation, uniform
 from ..progress import track
+from ..shards import decode, encode
 from . import diagnostics, projected
-from .generation import Draw, threads
 from .pairs import solve
 from .projected import Marginal
 from .projection import HeldOut
-from .store import PairStore, decode, encode
+from .store import PairStore
 
 ORIGIN = {"device", "processor", "threads", "torch", "reflow_lab", "teacher_path", "teacher_profile", "data"}
 DATA = "reflow_lab.data."  #: where a store's description of its data may point

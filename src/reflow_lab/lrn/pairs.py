@@ -9,10 +9,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 
-from .. import parts, tracking
+from .. import filling, parts, tracking
 from ..artifacts import Artifact, artifact
 from ..data.sets import SampleSet, moved
-from ..data.sources import DataSource
+from ..data.sources import DataSource, has_pixels
 from ..errors import UserError, require
 from ..flow import MeanVelocity
 from ..inf.sampler import invert, sample
@@ -20,8 +20,9 @@ from ..networks.precision import require_precision
 from ..noise import Indices, chunks, normal
 from ..parallel import rank, take_own_gpu
 from ..parts import Teacher
-from . import generation, projected
-from .store import DTYPES, PairStore, pair_images, pair_labels, pair_noise
+from ..shards import DTYPES
+from . import projected
+from .store import PairStore, fill, pair_images, pair_labels, pair_noise
 
 VERSION = 3  #: of the recipe: increment when the same configuration means another result
 HALF = {"backward": "x0", "forward": "x1"}  #: the half of a drawn pair that is stored
@@ -122,11 +123,11 @@ def check(cfg: DictConfig, kind: str, count: int, source: DataSource) -> None:
     for key in ("flips", "start_noise"):
         require(isinstance(cfg.pairs[key], bool), f"pairs.{key}", cfg.pairs[key], "must be true or false")
     require_fixed_steps(cfg)
-    are_images = len(images.shape) == 3
-    require(are_images or not cfg.pairs.flips, "pairs.flips", True, "points have no left and right")
+    are_images = has_pixels(source)
+    require(are_images or not cfg.pairs.flips, "pairs.flips", True, "points have no left and right, latents are not mirrored")
     require(cfg.pairs.dtype in DTYPES, "pairs.dtype", cfg.pairs.dtype, f"allowed: {', '.join(DTYPES)}")
     bytes_fit = cfg.pairs.dtype != "uint8" or (kind == "backward" and are_images)
-    require(bytes_fit, "pairs.dtype", "uint8", "holds images only: noise and points want float16 or float32")
+    require(bytes_fit, "pairs.dtype", "uint8", "holds images only: noise, points and latents want float16 or float32")
     distinct = len(images) * (1 + cfg.pairs.flips)
     repeats = f"only {distinct} differ (training images, flips counted); pairs.start_noise=true makes each repeat another pair"
     require(kind != "forward" or count <= distinct or cfg.pairs.start_noise, "pairs.num_forward", count, repeats)
@@ -166,7 +167,7 @@ def make(cfg: DictConfig, made: Artifact, numbers: range | None = None) -> bool:
     def draw(indices: Indices) -> Iterator[Tensor]:
         return solve(velocity, made.recipe, images, indices, device)
 
-    return generation.fill(made, draw, generation.conditions(device, **origin), numbers)
+    return fill(made, draw, filling.conditions(device, **origin), numbers)
 
 
 def is_done(made: Artifact) -> bool:
@@ -191,7 +192,7 @@ def solve(
     rules = {"solver": instantiate(recipe["solver"]), "grid": instantiate(recipe["grid"])}
     rules |= {key: recipe[key] for key in ("nfe", "t_max")}
     starts = (start(recipe, images, chunk, device) for chunk in chunks(indices, recipe["batch_size"]))
-    for x, label, noise in generation.ahead(starts) if device.type == "cuda" else starts:
+    for x, label, noise in filling.ahead(starts) if device.type == "cuda" else starts:
         if recipe["kind"] == "backward":
             yield sample(velocity, x, label=label, **rules)
         else:

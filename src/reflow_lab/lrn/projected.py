@@ -19,17 +19,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .. import parts
+from .. import filling, parts
 from ..artifacts import Artifact, artifact, write_atomically
 from ..data.sets import SampleSet
-from ..data.sources import DataSource
+from ..data.sources import DataSource, Encoded
 from ..errors import UserError, require
 from ..evaluation.features import FeatureNetwork
 from ..evaluation.frechet import Reference
 from ..noise import Indices, batch_indices, chunks, normal
-from . import generation
 from .projection import Distance, HeldOut, Method, Projection, Round, Side, fit, sliced_w2_squared, w2_squared_exact
-from .store import PairStore
+from .store import PairStore, fill
 
 VERSION = 2  #: of the recipe: increment when the same configuration means another result
 MAP = "projection.safetensors"  #: the fitted map, in the store's folder
@@ -42,6 +41,7 @@ def plan(cfg: DictConfig, source: Artifact) -> Artifact:
     method = instantiate(cfg.projection)
     require(isinstance(method, Method), "projection", cfg.projection, "must be a member of the group projection")
     held = parts.data_source(cfg)
+    require(not isinstance(held, Encoded), "pairs.kind", "projected", "is not for latents: images judge a projection")
     splits = ("train", "reference", "floor") if source.recipe["half"] == "x0" else ()
     spare = all(len(held.split(name)) for name in splits)
     require(spare, "data", held.split("train").name, "has no held-out images (split floor), which judge a projection of images")
@@ -71,7 +71,7 @@ def make(cfg: DictConfig, made: Artifact, source: PairStore, origin: dict[str, A
         return moved(projection, source, indices, made.recipe["batch_size"], device)
 
     more = {"source_folder": str(source.folder.absolute()), "projection": found(cfg, source, projection)}
-    return generation.fill(made, draw, generation.conditions(device, **origin, **more), numbers)
+    return fill(made, draw, filling.conditions(device, **origin, **more), numbers)
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from reflow_lab import parts
+from reflow_lab import filling
 from reflow_lab.artifacts import artifact
 from reflow_lab.errors import UserError
-from reflow_lab.lrn import generation, pairs
-from reflow_lab.lrn.generation import Shards, conditions, fill
-from reflow_lab.lrn.store import PairStore, shard_name
-from toy import config, teacher_file
+from reflow_lab.filling import conditions
+from reflow_lab.lrn.store import fill
+from reflow_lab.shards import Shards, ShardStore, shard_name
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["reflow_lab.lrn.pairs", "reflow_lab.training.train", "toy"])
@@ -71,7 +70,7 @@ def undisturbed(tmp_path):
 
 def test_every_pair_is_drawn_once_in_its_place(tmp_path):
     whole = undisturbed(tmp_path)
-    store = PairStore(made(tmp_path / "undisturbed").folder)
+    store = ShardStore(made(tmp_path / "undisturbed").folder)
     expected = torch.arange(100)[:, None] / torch.tensor([1.0, 2.0, 3.0])
     assert torch.equal(store.stored(np.arange(100)), expected)
     assert set(whole) == {
@@ -196,16 +195,6 @@ def test_a_job_array_makes_its_ranges_and_the_last_one_finishes(tmp_path):
     assert run(outputs, numbers=range(0, 4)) and files_of(made(outputs).folder) == expected
 
 
-@pytest.mark.parametrize("finished", [False, True])
-def test_a_range_beyond_the_shards_is_refused(tmp_path, finished):
-    words = ["teacher=run", f"teacher.path={teacher_file(tmp_path / 'teacher.safetensors')}"]
-    if finished:
-        pairs.pairs(config("pairs", tmp_path, *words))
-    with pytest.raises(UserError, match=r"pairs\.shards=2:4: the store has the shards 0:3"):
-        pairs.pairs(config("pairs", tmp_path, *words, "pairs.shards='2:4'"))
-    assert pairs.pairs(config("pairs", tmp_path, *words, "pairs.shards='2:3'")).exists()
-
-
 def test_ranks_begin_at_different_shards(tmp_path, monkeypatch):
     order = []
     monkeypatch.setenv("RANK", "1")
@@ -221,7 +210,7 @@ def test_the_threads_of_the_first_process_are_adopted_and_put_back(tmp_path):
         fill(made(tmp_path), interrupted, begun)
     fill(made(tmp_path), lambda indices: seen.append(torch.get_num_threads()) or draw(indices), conditions(CPU))
     assert set(seen) == {2} and torch.get_num_threads() == 1
-    assert PairStore(made(tmp_path).folder).manifest["made_by"]["threads"] == 2
+    assert ShardStore(made(tmp_path).folder).manifest["made_by"]["threads"] == 2
 
 
 def test_another_device_type_is_refused_and_another_version_warned_of(tmp_path, capsys):
@@ -307,7 +296,7 @@ def test_the_bar_counts_what_others_draw(tmp_path, capsys):
     """While we draw our first shard somebody else finishes the next three: the bar knows at once."""
     other, seen = made(tmp_path / "other"), []
     run(tmp_path / "other")
-    Progress = generation.Bar
+    Progress = filling.Bar
 
     class Watched(Progress):
         def advance(self, count, note=""):
@@ -322,91 +311,30 @@ def test_the_bar_counts_what_others_draw(tmp_path, capsys):
                 shutil.copy(path, made(tmp_path).folder)
         return draw(indices)
 
-    generation.Bar = Watched
+    filling.Bar = Watched
     try:
         run(tmp_path, helped)
     finally:
-        generation.Bar = Progress
+        filling.Bar = Progress
     assert seen[:3] == [5, 10, 40] and seen[-1] == 100 and seen == sorted(seen)
 
 
 def test_ahead_keeps_the_order_and_raises_where_it_should():
-    assert list(generation.ahead(iter(range(20)))) == list(range(20)) and list(generation.ahead(iter(()))) == []
+    assert list(filling.ahead(iter(range(20)))) == list(range(20)) and list(filling.ahead(iter(()))) == []
 
     def failing():
         yield 1
         raise ValueError("second")
 
-    items = generation.ahead(failing())
+    items = filling.ahead(failing())
     with pytest.raises(ValueError, match="second"):
         list(items)
 
 
 def test_sizes_and_names_of_shards(tmp_path):
-    shards = Shards(tmp_path, 25, 10, (3, 2), "float16")
-    assert len(shards) == 3 and shards.indices(2).tolist() == [20, 21, 22, 23, 24] and shards.bytes_per_pair == 12
-    assert shards.missing() == [0, 1, 2] and shards.num_pairs([0, 2]) == 15
-
-
-def make_toy(outputs, teacher):
-    torch.set_num_threads(1)
-    pairs.pairs(config("pairs", outputs, "teacher=run", f"teacher.path={teacher}", "pairs.num_backward=960", "pairs.nfe=99"))
-
-
-def test_the_verb_killed_and_restarted_makes_the_same_store(tmp_path):
-    teacher = teacher_file(tmp_path / "teacher.safetensors", exact=False)
-    rng, killed = np.random.default_rng(1), 0
-    for _ in range(4):
-        process = processes.Process(target=make_toy, args=(tmp_path / "killed", teacher))
-        process.start()
-        process.join(rng.uniform(0.1, 0.5))
-        killed += process.is_alive()
-        process.kill()
-        process.join()
-    make_toy(tmp_path / "killed", teacher)
-    make_toy(tmp_path / "whole", teacher)
-    (a,), (b,) = (list((tmp_path / name / "pairs").iterdir()) for name in ("killed", "whole"))
-    assert killed and a.name == b.name and files_of(a) == files_of(b) and len(files_of(a)) == 24 + 5
-
-
-def test_a_folder_of_ones_own_and_what_else_lies_in_it(tmp_path):
-    teacher = teacher_file(tmp_path / "teacher.safetensors")
-    other = teacher_file(tmp_path / "other.safetensors", exact=False)
-    words = ["teacher=run", f"teacher.path={teacher}", f"pairs.folder={tmp_path / 'mine'}"]
-    folder = pairs.pairs(config("pairs", tmp_path / "outputs", *words))
-    assert folder == tmp_path / "mine" / "backward" and not (tmp_path / "outputs").exists()
-    assert pairs.pairs(config("pairs", tmp_path / "outputs", *words)) == folder
-    hashes = [parts.teacher(config("pairs", tmp_path, "teacher=run", f"teacher.path={path}")).hash for path in (teacher, other)]
-    cases = {
-        f"teacher.path={other}": f"teacher: {hashes[0]} there, {hashes[1]} here",
-        "pairs.nfe=11": "nfe: 9 there, 11 here",
-        "pairs.num_backward=97": "count: 96 there, 97 here",
-    }
-    for override, said in cases.items():
-        with pytest.raises(UserError, match=rf"{folder}: holds something else: {said}"):
-            pairs.pairs(config("pairs", tmp_path / "outputs", *words, override))
-    cfg = config("pairs", tmp_path / "outputs", *words)
-    assert pairs.ensure(cfg, "backward", num_pairs=8, seed=3).folder.parent == tmp_path / "outputs" / "pairs"
-
-
-def test_a_store_of_another_shape_is_refused(tmp_path):
-    words = ["teacher=run", f"teacher.path={teacher_file(tmp_path / 'teacher.safetensors')}", f"pairs.folder={tmp_path / 'mine'}"]
-    folder = pairs.pairs(config("pairs", tmp_path, *words))
-    wide = ["data.dim=3", f"pairs.folder={tmp_path / 'mine'}"]
-    three = config("pairs", tmp_path, *wide, "teacher=run", f"teacher.path={wide_teacher(tmp_path)}")
-    with pytest.raises(UserError, match=rf"{folder}: holds something else: shape: \[2\] there, \[3\] here"):
-        pairs.pairs(three)
-
-
-def wide_teacher(tmp_path):
-    from hydra.utils import instantiate
-
-    from reflow_lab.networks import files
-
-    cfg = config("train", tmp_path, "teacher=none", "data.dim=3")
-    path = tmp_path / "wide.safetensors"
-    files.save(instantiate(cfg.net), path, {"net": parts.plain(cfg.net), "shape": [3], "num_classes": 0, "t_max": 80 / 81})
-    return path
+    shards = Shards(tmp_path, 25, 10, (3, 2), "float16", "rows")
+    assert len(shards) == 3 and shards.indices(2).tolist() == [20, 21, 22, 23, 24] and shards.bytes_per_row == 12
+    assert shards.missing() == [0, 1, 2] and shards.num_rows([0, 2]) == 15
 
 
 def test_the_environment_tells_the_rank(monkeypatch):

@@ -1,4 +1,4 @@
-"""Filling a store shard by shard, by any number of processes.
+"""Filling a store of shards (`reflow_lab.shards`), by any number of processes.
 
 A process takes a shard by its lock, draws it and renames it into place; a lock of a dead process is free, so whoever comes
 next draws that shard again. The bytes of a shard are a function of the recipe, the kind of device and, on the CPU, the number of
@@ -9,102 +9,44 @@ import contextlib
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import reflow_lab
 
-from ..artifacts import Artifact, DiskFull, file_hash, lock, read_json, remove_leftovers, write_atomically, write_json
-from ..errors import UserError, require
-from ..noise import Indices
-from ..parallel import rank, world_size
-from ..progress import Bar
-from .store import DTYPES, encode, shard_name, write_manifest, write_shard
+from .artifacts import Artifact, DiskFull, lock, read_json, remove_leftovers, write_atomically, write_json
+from .errors import UserError, require
+from .noise import Indices
+from .parallel import rank, world_size
+from .progress import Bar
+from .shards import Shards, encode, shard_name, write_manifest, write_shard
 
 T = TypeVar("T")
-Draw = Callable[[Indices], Iterator[Tensor]]  #: of pairs, their stored half, (m, *shape) at a time, in order
+Draw = Callable[[Indices], Iterator[Tensor]]  #: of indices, their rows, (m, *shape) at a time, in order
 POLL_S = 0.5  #: how often we look whether another process has finished its shards
-
-
-@dataclass(frozen=True)
-class Shards:
-    """The files of a store: `count` pairs of one shape and type, `size` a file."""
-
-    folder: Path
-    count: int
-    size: int
-    shape: tuple[int, ...]
-    dtype: str
-    unit: str = "pairs"  #: what they hold, for people
-
-    def __len__(self) -> int:
-        return -(-self.count // self.size)
-
-    def indices(self, number: int) -> Indices:
-        """The pairs of a shard."""
-        return np.arange(number * self.size, min((number + 1) * self.size, self.count))
-
-    def path(self, number: int) -> Path:
-        """The file of a shard."""
-        return self.folder / shard_name(number)
-
-    def mark(self, number: int) -> Path:
-        """A hidden file with the shard's SHA-256, written after it: without it the shard does not count."""
-        return self.folder / f".{shard_name(number)}.sha256"
-
-    def is_there(self, number: int) -> bool:
-        """Whether a shard was written whole."""
-        path, least = self.path(number), len(self.indices(number)) * self.bytes_per_pair
-        return self.mark(number).exists() and path.exists() and path.stat().st_size >= least
-
-    @property
-    def bytes_per_pair(self) -> int:
-        """Of the stored half."""
-        return int(np.prod(self.shape)) * DTYPES[self.dtype].itemsize
-
-    def damaged(self) -> list[int]:
-        """The shards that are no longer what their marks say."""
-        return [n for n in range(len(self)) if file_hash(self.path(n)) != self.mark(n).read_text()]
-
-    def missing(self) -> list[int]:
-        """The shards that are not there yet."""
-        return [number for number in range(len(self)) if not self.is_there(number)]
-
-    def num_pairs(self, numbers: Sequence[int]) -> int:
-        """How many pairs these shards hold."""
-        return sum(len(self.indices(number)) for number in numbers)
-
-    def described(self) -> list[dict[str, Any]]:
-        """File, count and checksum of every shard, for the manifest."""
-        names = [(n, shard_name(n)) for n in range(len(self))]
-        return [{"file": name, "count": len(self.indices(n)), "sha256": self.mark(n).read_text()} for n, name in names]
-
-    def clean(self) -> None:
-        """Remove what a finished store does not need; the marks stay, so that a damaged shard can be drawn again by itself."""
-        remove_leftovers(self.folder, ".*.tmp")
-        for path in self.folder.glob(".shard-*.lock"):
-            path.unlink(missing_ok=True)
 
 
 def fill(
     made: Artifact,
     draw: Draw,
     conditions: dict[str, Any],
+    *,
+    unit: str,
+    what: str,
     numbers: Sequence[int] | None = None,
-    unit: str = "pairs",
-    what: str | None = None,
+    more: Mapping[str, Any] = MappingProxyType({}),
 ) -> bool:
     """Draw what is missing of a store (or of its shards `numbers`), and finish it if all is there; whether it is.
 
-    Several processes may do this at once. unit, what: what is drawn, for people. Raises a `UserError` if the disk lacks room, or
-    if the store was begun under other conditions: the device type changes the bytes.
+    Several processes may do this at once. The recipe has `count`, `shape`, `dtype` and `shard_size`; `more` goes into the
+    manifest beside it. unit, what: what a row is, and what is drawn, for people. Raises a `UserError` if the disk lacks room,
+    or if the store was begun under other conditions: the device type changes the bytes.
     """
     recipe = made.recipe
     shards = Shards(made.folder, recipe["count"], recipe["shard_size"], tuple(recipe["shape"]), recipe["dtype"], unit)
@@ -116,17 +58,17 @@ def fill(
         made.begin()
         agreed = agree(made.folder, conditions)
     with threads(agreed["threads"]):
-        work(shards, draw, what or f"{recipe['kind']} {unit}", list(numbers if numbers is not None else range(len(shards))))
+        work(shards, draw, what, list(numbers if numbers is not None else range(len(shards))))
         while not shards.missing():
             with made.locked():
-                if made.is_done() or finished(made, shards, agreed):
+                if made.is_done() or finished(made, shards, agreed, more):
                     shards.clean()
                     return True
-            work(shards, draw, what or f"{recipe['kind']} {unit}", shards.missing())
+            work(shards, draw, what, shards.missing())
     return False
 
 
-def finished(made: Artifact, shards: Shards, agreed: dict[str, Any]) -> bool:
+def finished(made: Artifact, shards: Shards, agreed: dict[str, Any], more: Mapping[str, Any]) -> bool:
     """Write manifest and done-mark, unless a shard was damaged since it was drawn: then it no longer counts."""
     if damaged := shards.damaged():
         names = ", ".join(shard_name(n) for n in damaged[:5])
@@ -135,7 +77,7 @@ def finished(made: Artifact, shards: Shards, agreed: dict[str, Any]) -> bool:
             shards.mark(number).unlink()
         return False
     described = shards.described()
-    write_manifest(made.folder, made.recipe, agreed, described)
+    write_manifest(made.folder, {**made.recipe, **more}, agreed, described)
     made.finish({shard["file"]: shard["sha256"] for shard in described})
     return True
 
@@ -158,7 +100,7 @@ def agree(folder: Path, conditions: dict[str, Any]) -> dict[str, Any]:
 
 
 def conditions(device: torch.device, **more: Any) -> dict[str, Any]:
-    """What this process would make pairs with: device, GPU or instruction set, threads (which a GPU does not heed), versions."""
+    """What this process would make rows with: device, GPU or instruction set, threads (which a GPU does not heed), versions."""
     on_cpu = device.type == "cpu"
     name = torch.backends.cpu.get_cpu_capability() if on_cpu else torch.cuda.get_device_name(device)
     own = {"device": device.type, "processor": name, "threads": torch.get_num_threads() if on_cpu else None}
@@ -178,7 +120,7 @@ def threads(number: int | None) -> Iterator[None]:
 
 def require_room(shards: Shards) -> None:
     """Raise a `UserError` that says how much is needed if the disk cannot hold the missing shards."""
-    needed, free = shards.num_pairs(shards.missing()) * shards.bytes_per_pair, shutil.disk_usage(shards.folder).free
+    needed, free = shards.num_rows(shards.missing()) * shards.bytes_per_row, shutil.disk_usage(shards.folder).free
     reason = f"{needed / 1e6:,.1f} MB are needed for the missing {shards.unit}, {free / 1e6:,.1f} MB are free on the disk"
     require(needed <= free, shards.unit, str(shards.folder), reason)
 
@@ -187,13 +129,13 @@ def work(shards: Shards, draw: Draw, what: str, numbers: list[int]) -> None:
     """Take one free shard after another, each process from another end, until others hold what is left; then wait for them."""
     first = rank() * len(numbers) // world_size()
     pending = [n for n in numbers[first:] + numbers[:first] if not shards.is_there(n)]
-    total = shards.num_pairs(numbers)
-    with Bar(what, total, shards.unit, total - shards.num_pairs(pending)) as bar:
+    total = shards.num_rows(numbers)
+    with Bar(what, total, shards.unit, total - shards.num_rows(pending)) as bar:
         while pending:
             took = False
             for number in pending:
                 took |= take(shards, number, draw, bar)
-                there = total - shards.num_pairs([n for n in pending if not shards.is_there(n)])
+                there = total - shards.num_rows([n for n in pending if not shards.is_there(n)])
                 bar.advance(there - bar.completed)  # what others drew meanwhile
             pending = [n for n in pending if not shards.is_there(n)]
             if pending and not took:
@@ -226,12 +168,12 @@ def write(shards: Shards, number: int, draw: Draw, bar: Bar) -> None:
         checksum = write_shard(shards.path(number), (len(indices), *shards.shape), shards.dtype, counted())
         write_atomically(shards.mark(number), lambda p: p.write_text(checksum))
     except DiskFull as error:
-        left = shards.num_pairs(shards.missing()) * shards.bytes_per_pair
+        left = shards.num_rows(shards.missing()) * shards.bytes_per_row
         raise UserError(f"{error}; {left / 1e6:,.1f} MB are needed for the missing {shards.unit}") from None
 
 
 def encoded(shards: Shards, indices: Indices, draw: Draw) -> Iterator[Tensor]:
-    """What is stored of these pairs, on the CPU, batch by batch; raises a `UserError` for NaN and infinity, rounded ones too."""
+    """What is stored of these rows, on the CPU, batch by batch; raises a `UserError` for NaN and infinity, rounded ones too."""
     at = 0
     for values in draw(indices):
         stored = encode(values, shards.dtype)
