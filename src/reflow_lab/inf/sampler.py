@@ -1,5 +1,9 @@
 """From noise to images and back: a velocity, a grid and a solver put together (INF)."""
 
+import sys
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -7,7 +11,7 @@ from ..errors import require
 from ..flow import T_MAX, T_MIN, MeanVelocity, interpolate
 from .grids import Grid, ascending
 from .guidance import Guided
-from .solvers import Callback, Solver
+from .solvers import Callback, FlowMap, Solver
 
 
 class CountCalls:
@@ -36,6 +40,21 @@ class CountCalls:
     def network_calls(self, num_samples: int) -> float:
         """Calls of a network a sample: guidance, where it acts, makes two of one evaluation, in one batch or not."""
         return (self.samples + self.guided) / num_samples
+
+
+def require_suited(solver: Solver, description: Mapping[str, Any]) -> None:
+    """Raise a `UserError` for jumps of a flow that is no flow map; warns of a guidance strength that it was not trained for.
+
+    description: of its weight file.
+    """
+    if not isinstance(solver, FlowMap):
+        return
+    jumps = description["net"].get("network", {}).get("jumps", False)
+    require(jumps, "inf/solver", "flow_map", "needs a flow map (flow_map=ayf in training), and this flow is a velocity")
+    low, high = description.get("lam_guid", (1.0, 1.0))
+    if not low <= solver.lam_guid <= high:
+        said = f"inf.solver.lam_guid={solver.lam_guid:g}: this flow map was trained for lam_guid in [{low:g}, {high:g}] only"
+        print(said, file=sys.stderr)
 
 
 def sampling_times(solver: Solver, grid: Grid, nfe: int, t_max: float = T_MAX) -> Tensor:

@@ -21,6 +21,7 @@ from .. import hydra_errors, parts, tracking
 from ..errors import JobsFailed, UserError, require
 from ..evaluation import evaluate, targets
 from ..inf import guidance
+from ..inf.sampler import require_suited
 from ..networks import files
 from ..training import train
 from . import results, table, traces
@@ -109,6 +110,7 @@ def plan(study: Study, names: Iterable[str], seeds: Iterable[int], given: Sequen
     planned = {(name, seed): compose(study, study.row(name), seed, given) for name in wanted for seed in seeds}
     for found in planned.values():
         check_linked(found, {name: planned[name, found.seed] for name in sources(found.row)})
+        require_suited(instantiate(found.training.inf.solver), train.description(found.training))
         if found.row.guide is None:
             check_guidance(found)
     return list(planned.values())
