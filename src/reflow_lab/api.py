@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .data.autoencoder import Codec
 from .errors import require
 from .inf.grids import Grid, Sigmoid
 from .inf.guidance import Guidance, check
@@ -40,6 +41,14 @@ class Flow(nn.Module):
         """F(x_t, t, s); see `MeanVelocity`."""
         return self.velocity(x_t, t, s, label=label, lam_guid=lam_guid)
 
+    def decode(self, samples: Tensor, autoencoder: str | None = None) -> Tensor:
+        """Samples of a flow of latents as images, float32 (n, 3, h, w) in [-1, 1]; those of any other flow as they are.
+
+        Where the samples lie. `autoencoder`: its folder, if the run's own is another machine's; other weights are a `UserError`.
+        """
+        about = self.description.get("latents")
+        return samples if about is None else Codec.described(about, autoencoder).decode(samples)
+
 
 def load(run_or_file: str | Path, profile: str | None = None) -> Flow:
     """The velocity of a run folder (outputs/train/...), a weight file, or `package:fashion_mnist.safetensors`.
@@ -64,7 +73,7 @@ def sample(
     guidance: Guidance | None = None,
     batch_size: int = 250,
 ) -> Tensor:
-    """Samples, float32 (num_images, *velocity.shape) on the CPU; images are about [-1, 1], not clipped.
+    """Samples, float32 (num_images, *velocity.shape) on the CPU; images are about [-1, 1], not clipped; see `Flow.decode`.
 
     `nfe` calls of the velocity a sample, by default with the improved INF: DPM-Solver(r = 0.4) on the sigmoid grid, from the
     flow's own t_max. Noise is keyed by (seed, index): the first images of a larger call are the same, to rounding. `label`

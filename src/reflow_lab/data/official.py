@@ -29,11 +29,12 @@ class Official:
     archive: str = ""  #: EDM's name of the zip, without the resolution
     experiment: str = ""  #: that trains a base flow on it
     options: dict[str, str] = field(default_factory=dict)  #: keys of data that go with it
+    latents: bool = False  #: whether latents are made of it, not a zip
 
     @property
     def has_own_data(self) -> bool:
         """Whether its experiment reads such a zip already: conf/data has a member for it."""
-        return self.experiment.removesuffix("_base") in ("afhqv2", "ffhq", "imagenet64")
+        return self.experiment.removesuffix("_base") in ("afhqv2", "ffhq", "imagenet64", "imagenet512")
 
     @property
     def split(self) -> str:
@@ -88,6 +89,19 @@ OFFICIAL = {
         transform="center-crop-dhariwal",
         archive="imagenet",
         experiment="imagenet64_base",
+    ),
+    "imagenet512": Official(
+        page="https://image-net.org/download-images.php",
+        file="ILSVRC2012's training images, as for imagenet64, or a zip of 512-pixel PNGs in EDM's format (no checksum is known)",
+        places=(("ILSVRC2012_img_train",), ("ILSVRC/Data/CLS-LOC/train",), ("imagenet-512x512.zip",), ("img512.zip",)),
+        resolution=512,
+        counts={"all": 1_281_167},
+        pattern=r"(?:^|/)(?P<label>n\d{8})/[^/]+$",
+        labels=True,
+        transform="center-crop-dhariwal",
+        archive="imagenet",
+        experiment="imagenet512_base",
+        latents=True,
     ),
     "folder": Official(
         page="",

@@ -1,6 +1,7 @@
 """The verb `data`: EDM's zip + dataset.json from the official archives, from ImageNet's folders or from one's own images.
 
 The same pixels make the same bytes on any machine, by any number of processes; decoding JPEGs and resizing are Pillow's.
+Of imagenet512 latents are made (`encode`).
 """
 
 import argparse
@@ -12,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -22,14 +24,14 @@ from ..arguments import Parser
 from ..artifacts import FULL, file_hash, remove_leftovers, write_atomically
 from ..errors import UserError, bad_value, require
 from ..progress import Bar, track
-from . import cifar
+from . import cifar, encode
 from .archive import MAX_SIDE
 from .folder import MODES, SUFFIXES, TRANSFORMS, decode_image
 from .official import OFFICIAL, Official
 from .sets import ImageSet
 from .sources import reading, require_room
 from .workers import in_order, sensible_workers
-from .zips import Members, encode_png, members_of, png_size, write_archive
+from .zips import LABELS, Files, Members, encode_png, members_of, png_size, read_labels, write_archive
 
 DATA = Path("data")  #: where official files are looked for and zips are written to
 MAX_BYTES = 256 << 20  #: of an image file
@@ -52,33 +54,40 @@ def main(argv: Sequence[str]) -> None:
     args = parser().parse_args(argv)
     official = OFFICIAL[args.what]
     settle(args, official)
-    require(not args.out.exists(), "--out", args.out, "is there already; delete it, or name another file")
+    there = args.out.exists() and not official.latents
+    require(not there, "--out", args.out, "is there already; delete it, or name another file")
     if args.out.parent == DATA:
         DATA.mkdir(exist_ok=True)
     require(args.out.parent.is_dir(), "--out", args.out, "its folder does not exist")
+    if official.latents:
+        found = found_in(args, official)
+        return print(encode.make(args, found, partial(pixels, args, found.members)))
     pictures = READERS.get(args.what, from_files)(args, official)
     write(pictures, args)
-    print(summary(pictures, args, official))
+    return print(summary(pictures, args, official))
 
 
 def parser() -> Parser:
     """The words of the verb."""
     made = Parser(
-        prog="reflow-lab data", description="Make a zip of PNGs + dataset.json, EDM's format, which data=archive reads."
+        prog="reflow-lab data",
+        description="Make a zip of PNGs + dataset.json, EDM's format, which data=archive reads; of imagenet512 latents.",
     )
     add = made.add_argument
     add("what", choices=list(OFFICIAL), help="an official data set, or any folder or zip of images")
     add("--source", type=Path, nargs="+", metavar="PATH", help="the official file or folder (default: in data/), or the images")
-    add("--out", type=Path, metavar="ZIP", help="default: data/NAME-NxN.zip, by EDM's names")
-    add("--resolution", type=int, metavar="N", help="pixels (default: 32 for cifar10, 64 for the others; needed for folder)")
+    add("--out", type=Path, metavar="ZIP", help="default: data/NAME-NxN.zip, by EDM's names; of latents a folder")
+    size = "pixels (default: 32 for cifar10, 512 for imagenet512, 64 for the others; needed for folder)"
+    add("--resolution", type=int, metavar="N", help=size)
     add("--channels", type=int, choices=list(MODES), default=3, help="folder: 1 grey, 3 RGB (default)")
-    add("--labels", action=argparse.BooleanOptionalAction, help="classes, sorted by name (default: of cifar10 and imagenet64)")
+    add("--labels", action=argparse.BooleanOptionalAction, help="classes, sorted by name (default: of cifar10 and ImageNet)")
     add(
         "--split", choices=("train", "test", "all"), help="of cifar10 (default train; test: for data.floor), afhqv2 (default all)"
     )
-    add("--transform", choices=list(TRANSFORMS), help="default: center-crop; for imagenet64 center-crop-dhariwal, as ADM does it")
+    add("--transform", choices=list(TRANSFORMS), help="default: center-crop; for ImageNet center-crop-dhariwal, as ADM does it")
     add("--workers", type=int, help="processes (default: one for 500 files, at most one a core); they change no byte")
     add("--any-checksum", action="store_true", help="accept another file than the official one")
+    encode.add_words(made.add_argument_group("of imagenet512, whose latents are made (extra `latents`)").add_argument)
     return made
 
 
@@ -96,7 +105,9 @@ def settle(args: Any, official: Official) -> None:
     require(args.workers is None or args.workers >= 1, "--workers", args.workers, "must be at least 1")
     args.transform = args.transform or official.transform
     part = "" if args.split == official.split else f"-{args.split}"
-    args.out = args.out or DATA / f"{official.archive}{part}-{args.resolution}x{args.resolution}.zip"
+    kind = "-latents" if official.latents else ".zip"
+    args.out = args.out or DATA / f"{official.archive}{part}-{args.resolution}x{args.resolution}{kind}"
+    encode.settle(args, official)
 
 
 def write(pictures: Pictures, args: Any) -> None:
@@ -220,26 +231,64 @@ class Converter:
         return [self._convert(name) for name in names]
 
     def _convert(self, name: str) -> bytes:
+        return encode_png(self.pixels(name))
+
+    def pixels(self, name: str) -> NDArray[np.uint8]:
+        """One image as bytes (channels, resolution, resolution)."""
         raw = self.members.read(name, MAX_BYTES)
         with reading(self.members.where(name), "image"):
-            return encode_png(decode_image(io.BytesIO(raw), self.resolution, self.channels, self.transform))
+            return decode_image(io.BytesIO(raw), self.resolution, self.channels, self.transform)
+
+
+class Reader(Converter):
+    """As `Converter`, to bytes (n, channels, resolution, resolution)."""
+
+    def __call__(self, names: list[str]) -> NDArray[np.uint8]:  # type: ignore[override]
+        """Crop and resize these images."""
+        return np.stack([self.pixels(name) for name in names])
 
 
 def from_files(args: Any, official: Official) -> Pictures:
     """Image files in a folder or a zip: those whose names belong to the data set, in the order of their names."""
+    members, names, labels = found_in(args, official)
+    pngs = (png for some in converted(args, Converter, members, names) for png in some)
+    return Pictures(pngs, len(names), labels)
+
+
+def pixels(args: Any, members: Members, names: list[str]) -> Iterator[NDArray[np.uint8]]:
+    """These files' images as bytes (n, channels, resolution, resolution), some at a time."""
+    return converted(args, Reader, members, names)
+
+
+def converted(args: Any, how: type[Converter], members: Members, names: list[str]) -> Iterator[Any]:
+    """What a converter makes of these files, some at a time, by as many processes as are told or sensible."""
+    tasks = [names[first : first + CHUNK] for first in range(0, len(names), CHUNK)]
+    workers = args.workers or sensible_workers(len(names), FILES_A_WORKER)
+    return in_order(how(members, args.resolution, args.channels, args.transform), tasks, workers)
+
+
+def found_in(args: Any, official: Official) -> Files:
+    """The files whose names belong to the data set, in the order of their names."""
     what = official.file or "a folder or a zip of images"
     members = members_of(only(sources(args, official)), "--source", what)
+    if official.latents and LABELS in members.sizes:
+        return in_archive(members, args.labels)
     found = [(name, re.search(official.pattern, name)) for name in members.named(*SUFFIXES)]
     chosen = [
         (name, match) for name, match in found if match and match.groupdict().get("split") in (None, args.split, *whole(args))
     ]
     members.require(bool(chosen), f"holds no image of {args.what}; it must be {what}")
     names = [name for name, _ in chosen]
-    labels = classes(members, [(name, match["label"]) for name, match in chosen]) if args.labels else None
-    convert = Converter(members, args.resolution, args.channels, args.transform)
-    tasks = [names[first : first + CHUNK] for first in range(0, len(names), CHUNK)]
-    workers = args.workers or sensible_workers(len(names), FILES_A_WORKER)
-    return Pictures((png for some in in_order(convert, tasks, workers) for png in some), len(names), labels)
+    return Files(members, names, classes(members, [(name, match["label"]) for name, match in chosen]) if args.labels else None)
+
+
+def in_archive(members: Members, labelled: bool) -> Files:
+    """The PNGs of an archive in EDM's format, with the classes of its dataset.json."""
+    names = members.named(".png")
+    members.require(bool(names), "holds no PNG")
+    labels = read_labels(members, names) if labelled else None
+    members.require(labels is not None or not labelled, f"its {LABELS} has no labels; see --no-labels")
+    return Files(members, names, None if labels is None else labels.tolist())
 
 
 def whole(args: Any) -> tuple[str, ...]:

@@ -43,7 +43,7 @@ def content_digest(shape: tuple[int, ...], labelled: bool) -> Any:
 
 
 class SampleSet(ABC):
-    """What `ImageSet` and `PointSet` share: length, shape of a sample, gathering by index, a hash of the content."""
+    """What `ImageSet`, `PointSet` and `LatentSet` share: length, shape of a sample, gathering by index, a hash of the content."""
 
     labels: Tensor | None
     name: str
@@ -59,9 +59,8 @@ class SampleSet(ABC):
     def content_hash(self) -> str:
         """A SHA-256 that names the content, whatever path it came from and wherever it lies."""
 
-    @staticmethod
     @abstractmethod
-    def to_float(samples: Tensor) -> Tensor:
+    def to_float(self, samples: Tensor) -> Tensor:
         """Stored samples as the float32 that networks see."""
 
     def __len__(self) -> int:
@@ -91,11 +90,19 @@ class SampleSet(ABC):
 
         The samples are gathered and moved as stored (bytes, for images) and converted last.
         """
+        stored, labels = self.gather(indices, device)
+        return self.to_float(stored), labels
+
+    def drawn(self, indices: Indices, seed: int, positions: Indices) -> tuple[Tensor, Tensor | None]:
+        """As `take`, for training: what is random in a sample, as in `LatentSet`, is drawn anew, keyed by (seed, position)."""
+        return self.take(indices)
+
+    def gather(self, indices: Tensor | Indices, device: torch.device | str | None = None) -> tuple[Tensor, Tensor | None]:
+        """These samples as they are stored, and their labels, on `device` (default: the set's)."""
         where = torch.as_tensor(indices, device=self.held.device)
         target = self.device if device is None else device
-        samples = moved(self.held.index_select(0, where), target)
         labels = None if self.labels is None else moved(self.labels.index_select(0, where), target)
-        return self.to_float(samples), labels
+        return moved(self.held.index_select(0, where), target), labels
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,8 +119,7 @@ class ImageSet(SampleSet):
         assert self.images.dtype == torch.uint8 and self.images.ndim == 4
         assert self.labels is None or (self.labels.dtype == torch.int64 and self.labels.shape == self.images.shape[:1])
 
-    @staticmethod
-    def to_float(samples: Tensor) -> Tensor:
+    def to_float(self, samples: Tensor) -> Tensor:
         """Bytes as floats in [-1, 1]."""
         return to_float(samples)
 
@@ -148,8 +154,7 @@ class PointSet(SampleSet):
         assert self.points.dtype == torch.float32 and self.points.ndim == 2
         assert self.labels is None or (self.labels.dtype == torch.int64 and self.labels.shape == self.points.shape[:1])
 
-    @staticmethod
-    def to_float(samples: Tensor) -> Tensor:
+    def to_float(self, samples: Tensor) -> Tensor:
         """Points are floats already."""
         return samples
 

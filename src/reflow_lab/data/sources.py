@@ -4,14 +4,18 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ..errors import UserError, require
 from ..noise import Indices, permutation
-from .sets import ImageSet, PointSet
+from .sets import ImageSet, SampleSet
+
+if TYPE_CHECKING:
+    from .autoencoder import Codec
 
 SPLITS = ("train", "reference", "floor")  #: to learn from; to measure against; real samples measured like generated ones
 SPLIT_SEED = 0  #: splits belong to the data, not to a run: no configuration changes them
@@ -35,9 +39,33 @@ class DataSource(Protocol):
         """Labels are 0 .. num_classes - 1; 0: unlabelled."""
         ...
 
-    def split(self, name: str) -> ImageSet | PointSet:
+    def split(self, name: str) -> SampleSet:
         """The split `train`, `reference` or `floor`."""
         ...
+
+
+@runtime_checkable
+class Encoded(DataSource, Protocol):
+    """A data set whose samples are latents of images; its reference split holds images."""
+
+    @property
+    def codec(self) -> "Codec":
+        """How latents become images."""
+        ...
+
+    def decode(self, samples: Tensor) -> Tensor:
+        """Latents as images in [-1, 1]; images stay."""
+        ...
+
+
+def decoded(source: DataSource, samples: Tensor) -> Tensor:
+    """Samples as they are looked at and measured: latents as images, whatever else as it is."""
+    return source.decode(samples) if isinstance(source, Encoded) else samples
+
+
+def has_pixels(source: DataSource) -> bool:
+    """Whether what a network learns are images themselves: they can be mirrored, augmented and kept as bytes."""
+    return isinstance(source.split("train"), ImageSet)
 
 
 def require_split(name: str) -> None:

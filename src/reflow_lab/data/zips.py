@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,6 +71,14 @@ class Members(ABC):
 
 def _is_visible(name: str) -> bool:
     return not any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(name).parts)
+
+
+class Files(NamedTuple):
+    """Image files of a zip or a folder by name, and a class for each, or None."""
+
+    members: Members
+    names: list[str]
+    labels: list[int] | None
 
 
 class ZipMembers(Members):

@@ -44,6 +44,7 @@ from .targets import (
     feature_network,
     features,
     is_images,
+    looked_at,
     once,
     reference,
     statistics_in,
@@ -323,7 +324,7 @@ class Drawing:
 
     def keep(self, x0: Tensor) -> None:
         """Write the first samples down, for pictures: images as bytes, or points."""
-        shown = (to_uint8(x0) if is_images(self.cfg) else x0).numpy()
+        shown = (to_uint8(looked_at(self.cfg, x0)).cpu() if is_images(self.cfg) else x0).numpy()
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / "samples.npy", lambda path: save_array(path, shown))
 
@@ -361,7 +362,7 @@ def seen(cfg: DictConfig, x0: Tensor) -> list[Tensor]:
     if not columns(cfg)["logits"]:
         return [features(cfg, x0)]
     assert isinstance(network, InceptionFeatures)
-    return list(network.outputs(x0.to(parts.device(cfg))))
+    return list(network.outputs(looked_at(cfg, x0)))
 
 
 def errors(cfg: DictConfig, x0: Tensor, indices: Indices) -> list[Tensor]:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from .. import parts
 from ..artifacts import Artifact, artifact, read_json, write_atomically, write_json
-from ..data.sets import ImageSet, to_float, to_uint8
+from ..data.sets import ImageSet, SampleSet, to_float, to_uint8
+from ..data.sources import Encoded, decoded
 from ..errors import require
 from ..inf import auto
 from ..inf.sampler import sample, sampling_times
@@ -30,6 +31,7 @@ from .features import Lite0Features
 from .intervals import Z95
 from .paired import paired_mse
 from .per_class import ClassDistance, distance_of_few
+from .wording import plus_minus
 
 VERSION = 1  #: of the recipe: increment when the same configuration means another result
 SPACES = {"lite0": "in Lite0's features", "pixels": "in pixels"}
@@ -117,6 +119,8 @@ def check(cfg: DictConfig, run: Teacher) -> None:
     for key in LISTS:
         require_counts(f"inspect.{key}", OmegaConf.select(settings, key))
     require(len(run.description["shape"]) == 3, "run", run.path, "makes points; only flows of images can be looked at")
+    latents = isinstance(parts.data_source(cfg), Encoded)
+    require(not latents or "copies" not in wanted, "inspect.parts", wanted, "copies are found among images, these are latents")
     require(not auto.is_asked(cfg), "inf", "auto", "take the sampler that evaluate inf=auto found: it prints the words for it")
     for nfe in {cfg.nfe, *settings.steps.nfe, *settings.cost.nfe}:
         sampling_times(instantiate(cfg.inf.solver), instantiate(cfg.inf.grid), nfe, cfg.t_max)
@@ -163,9 +167,13 @@ class Subject:
         """The run's velocity, guided where the configuration says so."""
         return parts.velocity(self.cfg, self.run)
 
-    def split(self, name: str) -> ImageSet:
+    def split(self, name: str) -> SampleSet:
         """A split of the data."""
-        found = parts.data_source(self.cfg).split(name)
+        return parts.data_source(self.cfg).split(name)
+
+    def images(self, name: str) -> ImageSet:
+        """A split that holds images."""
+        found = self.split(name)
         assert isinstance(found, ImageSet)
         return found
 
@@ -190,7 +198,7 @@ class Subject:
             for chunk, y in zip(chunks(indices, self.settings.batch_size), labels, strict=False):
                 x0 = self.make(self.noise(chunk), y, nfe).cpu()
                 require(bool(x0.isfinite().all()), "run", self.run.path, "made NaN or infinite samples")
-                made.append(to_uint8(x0))
+                made.append(to_uint8(decoded(parts.data_source(self.cfg), x0.to(self.device))).cpu())
                 bar.advance(len(chunk))
         return torch.cat(made)
 
@@ -236,7 +244,7 @@ def words_of_straightness(found: dict[str, Any]) -> list[str]:
     ends = [sum(d for d, at in zip(deviation, t, strict=True) if low <= at < high) for low, high in ((0, 0.2), (0.8, 1))]
     low, high = (100 * end / max(sum(deviation), 1e-30) for end in ends)
     return [
-        f"{total['mean']:.4g} ± {Z95 * total['standard_error']:.2g} (0: straight, at constant speed; per dimension, "
+        f"{plus_minus(total['mean'], Z95 * total['standard_error'])} (0: straight, at constant speed; per dimension, "
         f"{found['num_images']} paths); {low:.0f} % of it at t < 0.2, {high:.0f} % at t > 0.8",
         f"sharpest turn at t = {t[sharpest]:.3f}: dv/dt {acceleration[sharpest]:.3g}, {np.mean(acceleration):.3g} on average",
     ]
@@ -244,7 +252,7 @@ def words_of_straightness(found: dict[str, Any]) -> list[str]:
 
 def copies(subject: Subject) -> dict[str, Any]:
     """The nearest training images of samples and of held-out images, in features and in pixels."""
-    settings, train, floor = subject.settings.copies, subject.split("train"), subject.split("floor")
+    settings, train, floor = subject.settings.copies, subject.images("train"), subject.images("floor")
     indices, num = np.arange(settings.num_images), min(settings.num_images, len(floor))
     samples = subject.draw(indices, subject.labels(indices), subject.cfg.nfe, "samples")
     best = search(subject, train, to_float(torch.cat((samples, floor.images[:num].cpu()))))
@@ -373,7 +381,7 @@ def class_distance(subject: Subject, label: int) -> ClassDistance:
     return ClassDistance(label, num, distance_of_few(made, real), distance_of_few(other[0], real) if other else None)
 
 
-def members(samples: ImageSet, label: int, most: int) -> Indices:
+def members(samples: SampleSet, label: int, most: int) -> Indices:
     """The first images of a class in a split, which has labels."""
     assert samples.labels is not None
     return per_class.members(samples.labels, label, most)
@@ -381,7 +389,8 @@ def members(samples: ImageSet, label: int, most: int) -> Indices:
 
 def images(subject: Subject, split: str, indices: Indices) -> Tensor:
     """Features of real images."""
-    return subject.features(subject.split(split).take(indices, "cpu")[0])
+    real = subject.split(split).take(indices, "cpu")[0]
+    return subject.features(decoded(parts.data_source(subject.cfg), real))
 
 
 def words_of_classes(found: dict[str, Any]) -> list[str]:

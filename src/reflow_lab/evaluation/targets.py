@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import parts
 from ..artifacts import Artifact, file_hash
+from ..data.sources import decoded
 from ..errors import require
 from ..lrn import pairs
 from ..lrn.store import PairStore
@@ -51,7 +52,12 @@ def distance_name(cfg: DictConfig) -> str:
 
 def features(cfg: DictConfig, samples: Tensor) -> Tensor:
     """What distances are taken of, float32 (n, d) on the CPU, computed on the configured device."""
-    return feature_network(cfg)(samples.to(parts.device(cfg)) if is_images(cfg) else samples)
+    return feature_network(cfg)(looked_at(cfg, samples) if is_images(cfg) else samples)
+
+
+def looked_at(cfg: DictConfig, samples: Tensor) -> Tensor:
+    """Images, latents decoded, on the configured device."""
+    return decoded(parts.data_source(cfg), samples.to(parts.device(cfg)))
 
 
 def features_of(cfg: DictConfig, what: str, content: str, num: int, take: Callable[[Indices], Tensor]) -> Vectors:

@@ -130,6 +130,8 @@ def write(path: Path, words: list[str], out: Path, as_uint8: bool) -> None:
     given, description = settings(words), files.describe(path)
     guided = guiding.check(given.guidance, description, "inf.guidance")
     require_whole_range(guided)
+    pixels = not as_uint8 or "latents" not in description
+    require(pixels, "--uint8", path, "makes latents, and the program does not decode them")
     velocity = guided.velocity(files.load(path), "32-true", torch.device("cpu")).requires_grad_(False)
     t_max = float(description["t_max"]) if given.t_max is None else given.t_max
     how: dict[str, Any] = {"solver": given.solver, "grid": given.grid, "nfe": given.nfe, "t_max": t_max}

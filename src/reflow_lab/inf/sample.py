@@ -36,6 +36,7 @@ def sample(cfg: DictConfig) -> Path:
     how = {"solver": instantiate(cfg.inf.solver), "grid": instantiate(cfg.inf.grid), "nfe": cfg.nfe, "t_max": cfg.t_max}
     made = api.sample(flow.to(device), cfg.num_images, seed=cfg.seed, label=label, **how)
     require(bool(made.isfinite().all()), "run", cfg.run, "made NaN or infinite samples")
+    made = flow.decode(made.to(device), cfg.autoencoder).cpu()
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, lambda p: picture(to_uint8(made)).save(p, "png") if out.suffix == ".png" else save_array(made, p))
     led = f", guidance {guidance.in_words(guided.recipe)}" if guided.recipe else ""

@@ -72,8 +72,8 @@ class IndependentPairs:
 
     def read(self, indices: Indices, position: int) -> Batch:
         """x1 and what is done to x0 are keyed by the sample's position in training, not by its image."""
-        x0, label = self.images.take(indices)
         positions = np.arange(position, position + len(indices))
+        x0, label = self.images.drawn(indices, self.seed, positions)
         x1 = normal(self.seed, self.stream, positions, self.images.shape)
         augmentation = self.augmentation if position < HELD_OUT else UNCHANGED
         x0, augment = augmentation(x0, self.seed, self.stream, positions)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..arguments import Parser
 from ..artifacts import file_hash
+from ..data.autoencoder import Codec
 from ..errors import UserError, require
 from ..flow import T_MAX
 from . import files, pickles, published
@@ -93,7 +94,8 @@ def read(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     inner, count = net["network"], sum(p.numel() for p in network.parameters())
     shape = [inner["in_channels"], inner["resolution"], inner["resolution"]]
     about = {"shape": shape, "num_classes": inner["num_classes"], "t_max": T_MAX, "num_parameters": count}
-    return network, {"net": net, **about}
+    latents = {"latents": Codec().about} if inner["in_channels"] == 4 else {}  # EDM2's for ImageNet-512
+    return network, {"net": net, **about, **latents}
 
 
 @contextmanager

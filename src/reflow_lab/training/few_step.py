@@ -1,5 +1,6 @@
 """The sampling stage (INF) while a flow trains: few-step samples of held-out noise."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ class FewStep(L.Callback):
     """Sample the held-out pairs' noise with inf's solver and grid, from the weights of the moment, every `every_kimg`.
 
     Logs how straight the trajectories were and, where noise and image are `paired`, the error to the pair's image. Images go to
-    `picture_path`, a fixed grid from the same noise each time, and to a logger that takes them, as Weights & Biases.
+    `picture_path`, a fixed grid from the same noise each time, and to a logger that takes them, as Weights & Biases. `decode`
+    makes images of samples that are latents.
     """
 
     def __init__(
@@ -34,8 +36,10 @@ class FewStep(L.Callback):
         every_kimg: float,
         paired: bool,
         picture_path: Path,
+        decode: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach,
     ) -> None:
         self.heldout, self.every_kimg, self.paired, self.picture_path = heldout, every_kimg, paired, picture_path
+        self.decode = decode
         self.sampling: dict[str, Any] = {"solver": solver, "grid": grid, "nfe": nfe, "t_max": t_max}
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
@@ -54,7 +58,7 @@ class FewStep(L.Callback):
         for logger in trainer.loggers:
             logger.log_metrics(found, trainer.global_step)
         if made.ndim == 4:
-            self._show(trainer, to_uint8(made.cpu()), prefix)
+            self._show(trainer, to_uint8(self.decode(made).cpu()), prefix)
 
     def _show(self, trainer: L.Trainer, images: torch.Tensor, prefix: str) -> None:
         grid = picture(images)

@@ -21,6 +21,7 @@ from .. import parallel, parts, tracking
 from ..artifacts import Artifact, artifact, read_json, write_json
 from ..data.augment import AUGMENT_DIM, UNCHANGED, Augmentation
 from ..data.sets import SampleSet, resident
+from ..data.sources import DataSource, Encoded, decoded, has_pixels
 from ..dyn.objective import Objective
 from ..errors import UserError, require
 from ..flow_maps.distillation import Distillation
@@ -148,9 +149,7 @@ def require_augmentable(cfg: DictConfig, kinds: Iterable[str]) -> None:
     fresh = "acts on images with fresh noise (lrn/coupling=independent or minibatch_ot), not on stored or online pairs"
     for key, value in {"training.flips": flips, "training.augment": probability}.items() if kinds else ():
         require(not value or any(kind in STOCHASTIC for kind in kinds), key, value, f"{fresh}; pairs.flips is for stored ones")
-        require(
-            not value or len(parts.sample_shape(parts.data_source(cfg))) == 3, key, value, "is for images: these data are points"
-        )
+        require(not value or has_pixels(parts.data_source(cfg)), key, value, "is for images: these data are points or latents")
     taken = int(cfg.net.get("network", cfg.net).get("augment_dim", 0))
     allowed = f"needs a network that takes {AUGMENT_DIM} augmentation labels; net.network.augment_dim={taken}"
     require(not probability or taken == AUGMENT_DIM, "training.augment", probability, allowed)
@@ -376,7 +375,14 @@ def watchers(cfg: DictConfig, folder: Path, heldout: Coupling) -> list[L.Callbac
     return [
         ByJump(heldout, options.diagnostics_every_kimg) if distils else ByTime(heldout, options.diagnostics_every_kimg, counts),
         *([] if distils else overfitting(cfg, list(mixture.weights))),
-        FewStep(heldout, **sampling, every_kimg=options.few_step_every_kimg, paired=paired, picture_path=folder / "few_step.png"),
+        FewStep(
+            heldout,
+            **sampling,
+            every_kimg=options.few_step_every_kimg,
+            paired=paired,
+            picture_path=folder / "few_step.png",
+            decode=partial(decoded, parts.data_source(cfg)),
+        ),
     ]
 
 
@@ -446,4 +452,10 @@ def description(cfg: DictConfig) -> dict[str, Any]:
         "kimg": cfg.training.total_kimg,
         "label_dropout": cfg.training.label_dropout,
         **({"lam_guid": parts.plain(cfg.flow_map.guidance.lam_guid)} if distil.is_asked(cfg) else {}),
+        **latents(parts.data_source(cfg)),
     }
+
+
+def latents(source: DataSource) -> dict[str, Any]:
+    """How a flow's samples are decoded, where they are latents."""
+    return {"latents": source.codec.about} if isinstance(source, Encoded) else {}
