@@ -13,6 +13,7 @@ import yaml
 from .arguments import Parser
 from .artifacts import lock, read_json
 from .errors import UserError, bad_value, require
+from .evaluation.wording import primary
 
 IMPROVEMENTS: dict[str, tuple[str, Callable[[Mapping[str, Any]], bool]]] = {
     "weight": ("dyn.weight", lambda node: named(node) in ("LossNormalisation", "LearnedNormalisation")),
@@ -27,7 +28,6 @@ STAGES = {"dyn": ("weight", "time", "metric"), "lrn": ("dropout", "coupling"), "
 BASE_FLOW = ("independent", "minibatch_ot")  #: kinds of pairs that come from data alone
 ANY_DATA = ("Archive", "Folder")  #: classes of data that hold whatever their path names
 SORTS = ("started", "name", "what", "images")  #: or a number of steps: nfe9
-SUFFIXES = ("_teacher", "")  #: of the distance shown, the primary one first
 
 
 def named(node: Any) -> Any:
@@ -184,7 +184,7 @@ def read_cell(folder: Path) -> dict[str, Any]:
     """An evaluation: whose weights, at how many steps, by which sampler, and its distance, to the teacher where there is one."""
     found = read_json(folder / "metrics.json")
     by, distance = found["protocol"], found.get("distance", "fd_lite0")
-    metric = next(distance + suffix for suffix in SUFFIXES if distance + suffix in found)
+    metric = primary(distance, found)
     return {
         "weights": by["weights"],
         "nfe": by["nfe"],

@@ -24,6 +24,7 @@ from .errors import UserError, require
 from .evaluation import evaluate, targets
 from .evaluation.features import identity
 from .evaluation.intervals import difference
+from .evaluation.wording import plus_minus, primary
 from .networks import files
 from .studies.study import key, merged
 from .studies.table import header
@@ -128,9 +129,8 @@ class Measured(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of the primary metric: the distance to the teacher's samples where there is a teacher, else to the data."""
-        distance = self.cell["distance"]
-        return f"{distance}_teacher" if f"{distance}_teacher" in self.cell else distance
+        """Of the primary metric."""
+        return primary(self.cell["distance"], self.cell["intervals"])
 
     @property
     def value(self) -> float:
@@ -358,18 +358,14 @@ def markdown(found: Mapping[str, Any], settings: Settings, fresh: Setup) -> str:
         "",
     ]
     lines += header([metric])
-    shown = {"as configured": "before", f"the best, trial {found['best'] + 1}": "after", "difference": "difference"}
-    lines += [f"| {title} | {with_interval(found[part])} |" for title, part in shown.items()]
+    titles = {"as configured": "before", f"the best, trial {found['best'] + 1}": "after", "difference": "difference"}
+    shown = {title: found[part] for title, part in titles.items()}
+    lines += [f"| {title} | {plus_minus(part['value'], (part['high'] - part['low']) / 2)} |" for title, part in shown.items()]
     lines += ["", "The settings of the best:", "", f"    {found['overrides']}", ""]
     tuned = f"training seed {settings.training_seed}, noise {settings.noise_seed}, TPE with seed {settings.seed}"
     lines += [f"## Trials, the best first ({tuned})", "", *header([*names, "sampler", metric])]
     order = sorted(enumerate(found["trials"]), key=lambda item: math.inf if item[1]["value"] is None else item[1]["value"])
     return "\n".join([*lines, *(row(number, trial, names) for number, trial in order), ""])
-
-
-def with_interval(part: Mapping[str, float]) -> str:
-    """value ± half of the interval."""
-    return f"{part['value']:.4g} ± {(part['high'] - part['low']) / 2:.2g}"
 
 
 def row(number: int, trial: Mapping[str, Any], names: Sequence[str]) -> str:

@@ -53,6 +53,7 @@ from .targets import (
     teacher_samples_plan,
 )
 from .vectors import Vectors
+from .wording import ADDED, PAIRED, TEACHER, plus_minus
 
 VERSION = 5  #: of the recipe: increment when the same configuration means another result
 NOT_MEASURING = (
@@ -104,11 +105,11 @@ def by_seed(cfg: DictConfig) -> list[DictConfig]:
 def over_seeds(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The metrics of the first set of samples; of several `over_seeds`, with each metric's minimum, mean and spread."""
     first, names = cells[0], [*cells[0]["intervals"], *cells[0]["scores"]]
-    distances = (first["distance"], f"{first['distance']}_teacher")  # whose minimum is the field's habit
+    least = (first["distance"], first["distance"] + TEACHER)  # the field's habit
     values = {name: [cell[name] for cell in cells] for name in names}
     spread = {
         name: {
-            **({"min": min(found)} if name in distances else {}),
+            **({"min": min(found)} if name in least else {}),
             "mean": statistics.fmean(found),
             "std": statistics.stdev(found),
             "values": found,
@@ -121,9 +122,9 @@ def over_seeds(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def summary(metrics: dict[str, Any]) -> str:
     """A line for people: every number, with half of its 95 % interval."""
-    halves = {name: f" ± {(high - low) / 2:.2g}" for name, (low, high) in metrics["intervals"].items()}
+    halves = {name: (high - low) / 2 for name, (low, high) in metrics["intervals"].items()}
     numbers = {name: v for name, v in metrics.items() if isinstance(v, float) and name not in ("nfe", "network_calls")}
-    shown = ", ".join(f"{name} {value:.4g}{halves.get(name, '')}" for name, value in numbers.items())
+    shown = ", ".join(f"{name} {plus_minus(value, halves.get(name, math.nan))}" for name, value in numbers.items())
     nfe, calls = metrics["nfe"], metrics["network_calls"]
     lines = [f"N {metrics['num_images']}, nfe {nfe:g}{f', network calls {calls:g}' if calls != nfe else ''}: {shown}"]
     for name, found in metrics.get("over_seeds", {}).items():
@@ -465,9 +466,9 @@ def against_teacher(cfg: DictConfig, found: Vectors, paired: Tensor, resamples: 
     """
     teacher, name = teacher_samples(cfg), distance_name(cfg)
     own = teacher.reference.linearise(found, teacher.features)
-    resamples.distance(f"{name}_teacher", own)
-    resamples.beyond(f"{name}_added", name, teacher_distance(cfg))
-    resamples.mean("paired_rmse", paired[:, 0].sqrt())
+    resamples.distance(name + TEACHER, own)
+    resamples.beyond(name + ADDED, name, teacher_distance(cfg))
+    resamples.mean(PAIRED, paired[:, 0].sqrt())
     if is_images(cfg):
         for band, values in zip(BANDS, paired[:, 1:].unbind(1), strict=True):
             resamples.mean(f"paired_mse_{band}", values)

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from ..artifacts import digest, write_atomically, write_json
 from ..studies.table import against_itself, header, show
 from .intervals import Interval
+from .wording import distances, primary
 
 VARIED = ("weights", "profile", "solver", "grid", "nfe", "t_max", "guidance")  #: parts of a protocol that a table is about
-SUFFIXES = ("_teacher", "", "_added")  #: of the distances shown, the primary one first
 
 
 class Job(NamedTuple):
@@ -79,12 +79,6 @@ def row_word(key: str, value: str) -> str:
     return value if "/" in key else f"{key.rpartition('.')[2]} {value}"
 
 
-def distances(jobs: Sequence[Job]) -> list[str]:
-    """The names of the distances that the cells have, the primary one first."""
-    first = jobs[0].metrics
-    return [first["distance"] + suffix for suffix in SUFFIXES if first["distance"] + suffix in first["intervals"]]
-
-
 def value(job: Job, name: str) -> Interval:
     """A metric with its 95 % interval over the held-out noise."""
     low, high = job.metrics["intervals"][name]
@@ -105,7 +99,7 @@ def markdown(jobs: Sequence[Job]) -> str:
     made, first = layout(jobs), jobs[0].metrics
     what = "± half of the 95 % interval over the held-out noise; lower is better."
     lines = [f"N = {first['num_images']:,} samples a cell, real against real {against_itself(first['floor'])}; {what}"]
-    for name in distances(jobs):
+    for name in distances(first["distance"], first["intervals"]):
         rows = [
             "| " + " | ".join([row, *(told(found[v], name) if v in found else "" for v in made.values)]) + " |"
             for row, found in series(jobs, made).items()
@@ -146,7 +140,8 @@ def plot(jobs: Sequence[Job], made: Layout, kind: str, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure, name = Figure(figsize=(6.4, 4.2), dpi=150, layout="constrained"), distances(jobs)[0]
+    first = jobs[0].metrics
+    figure, name = Figure(figsize=(6.4, 4.2), dpi=150, layout="constrained"), primary(first["distance"], first["intervals"])
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     numeric = all(is_number(v) for v in made.values)

@@ -13,6 +13,7 @@ import reflow_lab
 from ..artifacts import digest, read_json, write_json
 from ..errors import UserError
 from ..evaluation.intervals import Interval, difference, mean_interval
+from ..evaluation.wording import PAIRED, distances
 from .description import LINKS, Row, Study
 
 Cell = dict[str, Any]
@@ -43,9 +44,8 @@ COLUMNS = (
 def build(study: Study, cells: Sequence[Cell], data: str, given: Sequence[str]) -> Result:
     """All that is told of a study. given: the words of its command line; data: the data set, by which the paper's numbers go."""
     first = cells[0]
-    names, primary = [*first["intervals"], *first["scores"]], primary_of(first)
-    shown = [name for name in (primary, first["distance"], f"{first['distance']}_added", "paired_rmse") if name in names]
-    metrics = list(dict.fromkeys(shown))
+    names, metrics = [*first["intervals"], *first["scores"]], distances(first["distance"], first["intervals"])
+    metrics += [PAIRED] if PAIRED in names else []
     return {
         "study": study.name,
         "title": study.title,
@@ -53,7 +53,7 @@ def build(study: Study, cells: Sequence[Cell], data: str, given: Sequence[str]) 
         "command": command(study, given),
         "nfe": list(study.nfe),
         "seeds": sorted({cell["seed"] for cell in cells}),
-        "metric": primary,
+        "metric": metrics[0],
         "metrics": metrics,
         "distance": first["distance"],
         "paper": study.paper,
@@ -64,12 +64,6 @@ def build(study: Study, cells: Sequence[Cell], data: str, given: Sequence[str]) 
         "failed": [],
         "code": reflow_lab.__version__,
     }
-
-
-def primary_of(cell: Cell) -> str:
-    """The metric that rows are compared by: the distance to the teacher's samples where there is a teacher, else to the data."""
-    paired = f"{cell['distance']}_teacher"
-    return paired if paired in cell["intervals"] else str(cell["distance"])
 
 
 def about(study: Study, row: Row, data: str, given: Sequence[str]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from ..artifacts import write_atomically
 from ..evaluation.intervals import Interval
+from ..evaluation.wording import ADDED, PAIRED, TEACHER, plus_minus
 from .results import Cell, Result, of
 
 DIGITS = {"fd_lite0": 1, "fd_inception": 2, "fid": 2}  #: after the point, by the metric's name
@@ -62,11 +63,11 @@ def markdown(result: Result) -> str:
 
 def meaning(metric: str, cells: Sequence[Cell]) -> str:
     """What a metric is, for a heading."""
-    if metric == "paired_rmse":
+    if metric == PAIRED:
         return "to the teacher's image of the same noise (rewards blur: a diagnostic)"
-    if metric.endswith("_teacher"):
+    if metric.endswith(TEACHER):
         return "distance to the teacher's many-step samples of the same noise"
-    if metric.endswith("_added"):
+    if metric.endswith(ADDED):
         return "distance to the data beyond that of the teacher's many-step samples"
     return f"distance to the data (real against real: {against_itself(cells[0]['floor'])})"
 
@@ -99,8 +100,8 @@ def header(columns: Sequence[object]) -> list[str]:
 
 def show(value: Interval, metric: str, sign: str = "") -> str:
     """value ± half of the 95 % interval where there is one, in digits that suit the size of the metric."""
-    half, digits = (value.high - value.low) / 2, next((n for name, n in DIGITS.items() if metric.startswith(name)), 4)
-    return f"{value.value:{sign}.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
+    digits = next((n for name, n in DIGITS.items() if metric.startswith(name)), 4)
+    return plus_minus(value.value, (value.high - value.low) / 2, digits, sign)
 
 
 def found(entries: Sequence[dict[str, Any]], name: str, nfe: int, metric: str) -> Interval:
