@@ -1,24 +1,14 @@
-"""The theorem's table, from the recursion and from samples."""
-
-from itertools import pairwise
+"""The theorem's table, from the recursion and from the sampler, and its files."""
 
 import pytest
-import torch
 
-from reflow_lab.flow_maps.compounding import consistency_w2, flow_map_w2, uniform_times
-from reflow_lab.gaussian import Gaussian
+from reflow_lab.artifacts import read_json
+from reflow_lab.flow_maps import compounding
+from reflow_lab.flow_maps.compounding import DIM, ROWS, consistency_w2, delta, eta, flow_map_w2, measured_w2
 
 STEPS = (1, 2, 3, 4, 8, 16, 64, 256)
 CONSISTENCY = (0.02500, 0.02296, 0.02586, 0.02850, 0.03736, 0.05131, 0.10724, 0.25590)
 FLOW_MAP = (0.02500, 0.02531, 0.02542, 0.02547, 0.02555, 0.02559, 0.02563, 0.02563)
-
-
-def eta(t, s):
-    return 0.05 * t**0.5
-
-
-def delta(t, s):
-    return 0.05 * (t - s)
 
 
 @pytest.mark.parametrize(("num_steps", "expected"), list(zip(STEPS, CONSISTENCY, strict=True)))
@@ -36,17 +26,43 @@ def test_without_an_error_both_are_exact():
         assert consistency_w2(0.5, num_steps, lambda *_: 0.0) < 1e-12 > flow_map_w2(0.5, num_steps, lambda *_: 0.0)
 
 
-@pytest.mark.parametrize("num_steps", [1, 4, 16])
-def test_samples_agree(num_steps):
-    data, g = Gaussian(0.0, 0.5), torch.Generator().manual_seed(0)
-    n, times = 1_000_000, uniform_times(num_steps)
-    z = torch.randn(n, generator=g, dtype=torch.float64)
-    x, y, zero = z, z, torch.zeros((), dtype=torch.float64)
-    for i, (t, s) in enumerate(pairwise(times)):
-        at, to = (torch.tensor(time, dtype=torch.float64) for time in (t, s))
-        x = (1 - t) * x + t * torch.randn(n, generator=g, dtype=torch.float64) if i else x
-        x = data.flow_map(x, at, zero) * (1 + eta(t, 0))
-        y = data.flow_map(y, at, to) * (1 + delta(t, s))
-    error = 5 * 0.5 / (2 * n) ** 0.5  # five standard errors of a standard deviation
-    assert abs(float(x.std()) - 0.5) == pytest.approx(consistency_w2(0.5, num_steps, eta), abs=error)
-    assert abs(float(y.std()) - 0.5) == pytest.approx(flow_map_w2(0.5, num_steps, delta), abs=error)
+def require_sampled(num_steps, rows=ROWS, dim=DIM):
+    """Both models, sent through the sampler, within four standard errors; which are those of W2 = |std - c|."""
+    for gamma, error, expected in (
+        (1.0, eta, consistency_w2(0.5, num_steps, eta)),
+        (0.0, delta, flow_map_w2(0.5, num_steps, delta)),
+    ):
+        found = measured_w2(0.5, num_steps, error, gamma, rows, dim)
+        assert found.error == pytest.approx((0.5 + expected) / (2 * rows * dim) ** 0.5, rel=0.03)
+        assert found.value == pytest.approx(expected, abs=4 * found.error)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 8, 16])
+def test_a_million_samples_agree(num_steps):
+    require_sampled(num_steps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_steps", [64, 256])
+def test_a_million_samples_agree_over_many_steps(num_steps):
+    require_sampled(num_steps)
+
+
+def test_samples_of_one_coordinate_agree():
+    require_sampled(8, rows=20_000, dim=1)
+
+
+def test_fewer_samples_agree_over_many_steps():
+    require_sampled(256, rows=100, dim=200)
+
+
+def test_the_table_and_its_picture(tmp_path, monkeypatch):
+    monkeypatch.setattr(compounding, "STEPS", (1, 4))
+    monkeypatch.setattr(compounding, "ROWS", 10)
+    compounding.main([str(tmp_path)])
+    written = read_json(tmp_path / "theorem.json")
+    assert [row["steps"] for row in written["rows"]] == [1, 4]
+    assert written["rows"][1]["consistency"]["recursion"] == consistency_w2(0.5, 4, eta)
+    text = (tmp_path / "theorem.md").read_text()
+    assert "| 4 | 0.02850 |" in text and "| 0.02547 |" in text
+    assert (tmp_path / "over_k.png").read_bytes().startswith(b"\x89PNG")

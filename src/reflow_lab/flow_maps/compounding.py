@@ -1,17 +1,48 @@
 """Why consistency models get worse with more steps and flow maps do not: theorem 3.1 of Align Your Flow, on Gaussian data.
 
 Data N(0, c^2); an error of the jump multiplies its result by 1 + e. All samples stay Gaussian, so that W2 to the data is
-|standard deviation - c|, without sampling.
+|standard deviation - c|: from a recursion without sampling, and measured on what the sampler makes of a flow map that is wrong
+by as much. `python -m reflow_lab.flow_maps.compounding FOLDER` writes both as theorem.json and theorem.md, and over_k.png, with
+the trained models of the study in that folder beside them.
 """
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from ..artifacts import write_atomically, write_json
+from ..evaluation.frechet import Moments, Reference
+from ..evaluation.intervals import Z95, mean_interval
+from ..flow import append_dims
 from ..gaussian import Gaussian
+from ..inf.grids import Uniform
+from ..inf.sampler import sample
+from ..inf.solvers import FlowMap
+from ..noise import normal
+from ..studies import results
 
 Error = Callable[[float, float], float]  #: relative error of a jump from t to s
+
+STD = 0.5  #: c
+STEPS = (1, 2, 3, 4, 8, 16, 64, 256)
+ROWS, DIM = 1000, 1000  #: of the samples sent through the sampler: every coordinate is one
+
+
+def eta(t: float, s: float) -> float:
+    """The error of the theorem's consistency model, whose jumps go to data."""
+    return float(0.05 * t**0.5)
+
+
+def delta(t: float, s: float) -> float:
+    """The error of its flow map, the less the shorter the jump."""
+    return 0.05 * (t - s)
 
 
 def uniform_times(num_steps: int) -> list[float]:
@@ -40,3 +71,124 @@ def spreads(std: float) -> Callable[[float], float]:
     """S(t), the standard deviation of x_t."""
     data = Gaussian(0.0, std)
     return lambda t: float(data.spread(torch.tensor(t, dtype=torch.float64)))
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """The mean velocity of a flow map whose jumps are wrong: f = (1 + error(t, s)) times the exact one of `data`, of mean 0."""
+
+    data: Gaussian
+    error: Error
+
+    def __call__(
+        self, x_t: Tensor, t: Tensor, s: Tensor | None = None, *, label: Tensor | None = None, lam_guid: Tensor | None = None
+    ) -> Tensor:
+        """See `MeanVelocity`; all of a batch jump from one time to one other, s < t, as a sampler asks it."""
+        assert s is not None, "a flow map that is wrong by its jumps has no velocity"
+        arrived = self.data.flow_map(x_t, t, s) * (1 + self.error(t[0].item(), s[0].item()))
+        return (arrived - x_t) / append_dims(s - t, x_t)
+
+
+class Measured(NamedTuple):
+    """W2 to the data, and its standard error."""
+
+    value: float
+    error: float
+
+
+def measured_w2(std: float, num_steps: int, error: Error, gamma: float, rows: int, dim: int) -> Measured:
+    """W2 of what `FlowMap(gamma)` makes of rows x dim noises, each coordinate a sample of N(0, std^2) as it should be.
+
+    To first order its standard error is that of a standard deviation, sigma / sqrt(2 N).
+    """
+    z = normal(0, f"flow_maps/compounding/{num_steps}", np.arange(rows), (dim,)).double()
+    velocity = Wrong(Gaussian(0.0, std), error)
+    made = sample(velocity, z, solver=FlowMap(gamma), grid=Uniform(), nfe=num_steps, t_max=1.0).reshape(-1, 1)
+    data = Reference.given(torch.zeros(1, dtype=torch.float64), torch.full((1, 1), std**2, dtype=torch.float64))
+    return Measured(data.distance(Moments.of(made)) ** 0.5, float(made.std() / (2 * made.numel()) ** 0.5))
+
+
+def theorem(num_steps: int) -> dict[str, Any]:
+    """A row of the theorem's table: both models by the recursion, and measured."""
+    consistency, flow_map = (measured_w2(STD, num_steps, error, gamma, ROWS, DIM) for error, gamma in ((eta, 1.0), (delta, 0.0)))
+    return {
+        "steps": num_steps,
+        "consistency": {"recursion": consistency_w2(STD, num_steps, eta), **consistency._asdict()},
+        "flow_map": {"recursion": flow_map_w2(STD, num_steps, delta), **flow_map._asdict()},
+    }
+
+
+def main(argv: Sequence[str]) -> None:
+    """Compute and measure the table, and write theorem.json, theorem.md and over_k.png into a folder."""
+    (folder,) = map(Path, argv)
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {"std": STD, "samples": ROWS * DIM, "rows": [theorem(num_steps) for num_steps in STEPS]}
+    write_json(folder / "theorem.json", about)
+    write_atomically(folder / "theorem.md", lambda path: path.write_text(markdown(about)))
+    trained = results.read(folder) if (folder / results.FILE).exists() else None
+    write_atomically(folder / "over_k.png", lambda path: plot(about, trained, path))
+
+
+def markdown(about: dict[str, Any]) -> str:
+    """The theorem's table."""
+    samples = f"from {about['samples']:,} samples, ± its 95 % interval"
+    lines = [
+        f"W2 to data N(0, {about['std']}^2) after K steps: by the recursion, and as the sampler leaves it, {samples}.",
+        "",
+        "| K | consistency model | sampled | flow map | sampled |",
+        "|---|---|---|---|---|",
+    ]
+    for row in about["rows"]:
+        told = (
+            f"{m['recursion']:.5f} | {m['value']:.5f} ± {Z95 * m['error']:.5f}" for m in (row["consistency"], row["flow_map"])
+        )
+        lines.append(f"| {row['steps']} | {' | '.join(told)} |")
+    return "\n".join([*lines, ""])
+
+
+def plot(about: dict[str, Any], trained: results.Result | None, path: Path) -> None:
+    """W2 over K: the theorem's models, recursion and samples; beside them the trained ones, where there are some."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = 1 if trained is None else 2
+    figure = Figure(figsize=(5.2 * panels, 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    first, *others = figure.subplots(1, panels, squeeze=False)[0]
+    draw_theorem(first, about)
+    for axes in others:
+        draw_trained(axes, trained)
+    for axes in (first, *others):
+        steps = [row["steps"] for row in about["rows"] if row["steps"] != 3]
+        axes.set(xscale="log", yscale="log", xlabel="steps K", ylabel="W2 to the data")
+        axes.set_xticks(steps, list(map(str, steps)))
+        axes.minorticks_off()
+        axes.legend(fontsize=8)
+        axes.grid(alpha=0.3)
+    figure.savefig(path, format="png")
+
+
+def draw_theorem(axes: Any, about: dict[str, Any]) -> None:
+    """The table, a line by the recursion and points with 95 % intervals as sampled."""
+    steps = [row["steps"] for row in about["rows"]]
+    for color, (key, name) in enumerate((("consistency", "consistency model"), ("flow_map", "flow map"))):
+        found = [row[key] for row in about["rows"]]
+        axes.plot(steps, [m["recursion"] for m in found], "-", color=f"C{color}", label=f"{name}, recursion")
+        errors = [Z95 * m["error"] for m in found]
+        axes.errorbar(steps, [m["value"] for m in found], errors, fmt="o", ms=4, color=f"C{color}", label=f"{name}, sampled")
+    axes.set_title(f"the theorem, data N(0, {about['std']}$^2$)", fontsize=10)
+
+
+def draw_trained(axes: Any, trained: results.Result) -> None:
+    """The rows of the study: the mean over training seeds of W2, the root of its distance, with 95 % intervals over seeds."""
+    cells, name = trained["cells"], trained["distance"]
+    for row in trained["rows"]:
+        found = [mean_interval([c[name] ** 0.5 for c in results.of(cells, row["name"], nfe)]) for nfe in trained["nfe"]]
+        errors = [m.value - m.low for m in found]
+        axes.errorbar(trained["nfe"], [m.value for m in found], errors, marker="o", ms=3, capsize=2, label=row["name"])
+    axes.axhline(cells[0]["floor"] ** 0.5, color="grey", lw=0.8, ls=":", label="real points")
+    axes.set_title(f"trained, {len(trained['seeds'])} seeds, {cells[0]['num_images']:,} points", fontsize=10)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
