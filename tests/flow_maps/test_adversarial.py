@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from reflow_lab.errors import UserError
 from reflow_lab.flow_maps.adversarial import (
     MOST_WEIGHT,
+    Adversarial,
     adaptive_weight,
     critic_loss,
     gradient_norm,
@@ -103,3 +105,36 @@ def test_the_adaptive_weight_is_clamped():
     regulariser, adversarial, last = hand_made(1.0)
     assert adaptive_weight(0 * regulariser, adversarial, [last]).item() == 0
     assert adaptive_weight(0 * regulariser, 0 * adversarial, [last]).item() == 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "allowed"),
+    [
+        ({"t": 1.5}, "t=1.5: must lie in (0, 1], or null for the batch's own times"),
+        ({"t": 0.0}, "t=0.0: must lie in (0, 1]"),
+        ({"weight": -1}, "weight=-1: must be a number of at least 0"),
+        ({"r1": -0.1}, "r1=-0.1: must be a number of at least 0"),
+        ({"r2": -0.1}, "r2=-0.1: must be a number of at least 0"),
+        ({"lr": 0}, "lr=0: must be a positive number"),
+        ({"betas": [0.5]}, "betas=[0.5]: must be two numbers in [0, 1)"),
+        ({"group_size": 0}, "group_size=0: must be a whole number of at least 1"),
+        ({"channels": 1.5}, "channels=1.5: must be a whole number of at least 1"),
+    ],
+)
+def test_settings_that_are_none(wrong, allowed):
+    with pytest.raises(UserError) as caught:
+        Adversarial(**({"t": 0.9} | wrong))
+    assert str(caught.value).startswith(f"flow_map.adversarial.{allowed}")
+
+
+def test_a_discriminator_is_the_seeds_alone():
+    how = Adversarial(0.9, channels=8)
+    first, state = how.discriminator((2,), 0, 5), torch.get_rng_state()
+    torch.rand(1)
+    again, other = how.discriminator((2,), 0, 5), how.discriminator((2,), 0, 6)
+    assert torch.equal(first.value.weight, again.value.weight) and not torch.equal(first.value.weight, other.value.weight)
+    torch.set_rng_state(state)
+    expected = torch.rand(1)
+    torch.set_rng_state(state)
+    how.discriminator((2,), 0, 5)
+    assert torch.equal(torch.rand(1), expected)

@@ -45,9 +45,13 @@ class Distillation(nn.Module):
     ) -> Losses:
         """Return the losses of the pairs x0, x1, (n, ...), at the times and strengths that u, float64 (n, 4) in (0, 1), means."""
         t, s = (z.to(x0) for z in self.times(u[:, :3]))
-        low, high = self.lam_guid
-        loss, error = self.at(velocity, Batch(x0, x1, label), t, s, (low + (high - low) * u[:, 3]).to(x0), step)
+        loss, error = self.at(velocity, Batch(x0, x1, label), t, s, self.strengths(u).to(x0), step)
         return Losses(loss, error, t)
+
+    def strengths(self, u: Tensor) -> Tensor:
+        """lam_guid, float64 (n,), as u (n, 4) means it."""
+        low, high = self.lam_guid
+        return low + (high - low) * u[:, 3]
 
     def at(self, velocity: MeanVelocity, batch: Batch, t: Tensor, s: Tensor, lam_guid: Tensor, step: int) -> Matched:
         """The losses at given times and strengths, each (n,)."""

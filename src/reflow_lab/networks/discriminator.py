@@ -99,7 +99,7 @@ class Discriminator(nn.Module):
         self.joined = nn.Sequential(
             Scaled(width + 1, width, *kernel), Leaky(), nn.Flatten(), Scaled(size * width, width), Leaky()
         )
-        self.value = Scaled(width, 1)
+        self.value = Scaled(width, 1, bias=False)  # only differences of D count
         self.embedding = nn.Embedding(num_classes, width) if num_classes else None
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -10,11 +11,13 @@ from torch import nn
 from .. import parts
 from ..artifacts import write_json
 from ..errors import require
+from ..flow_maps.adversarial import Adversarial, Adversary, FineTuning, last_weight
 from ..flow_maps.alignment import align
 from ..flow_maps.distillation import Distillation
 from ..flow_maps.objectives import Matching
 from ..inf import guidance
 from ..networks import files
+from ..networks.discriminator import Discriminator
 
 SOURCES = ("teacher", "data")  #: of the velocity that is learned
 
@@ -39,6 +42,42 @@ def check(cfg: DictConfig) -> None:
     untaught = "has no teacher to guide: flow_map.velocity=teacher"
     require(how is None or options.velocity == "teacher", "flow_map.velocity", options.velocity, untaught)
     Distillation(matching(cfg), instantiate(options.times), None)
+    if is_adversarial(cfg):
+        check_adversarial(cfg)
+
+
+def is_adversarial(cfg: DictConfig) -> bool:
+    """Whether a discriminator takes part."""
+    return OmegaConf.select(cfg, "flow_map.adversarial._target_") is not None
+
+
+def check_adversarial(cfg: DictConfig) -> None:
+    """Raise a `UserError` unless it is a distilled flow map that is fine-tuned, and its samples suit the discriminator."""
+    start, warmup = cfg.training.start, cfg.flow_map.warmup_steps
+    distilled = start not in ("teacher", "scratch") and is_flow_map(files.find(start))
+    require(distilled, "training.start", start, "must be the run of a flow map: flow_map/adversarial fine-tunes one")
+    allowed = "must be 0 with flow_map/adversarial: the flow map has had its warm-up"
+    require(warmup == 0, "flow_map.warmup_steps", warmup, allowed)
+    with torch.device("meta"):
+        last_weight(instantiate(cfg.net))
+        discriminator(cfg, instantiate(cfg.flow_map.adversarial))
+
+
+def discriminator(cfg: DictConfig, how: Adversarial) -> Discriminator:
+    """A fresh one for these samples and classes, its weights drawn from the run's seed."""
+    return how.discriminator(parts.sample_shape(parts.data_source(cfg)), parts.net_classes(cfg), cfg.seed)
+
+
+def is_flow_map(path: Path) -> bool:
+    """Whether a weight file is a flow map's."""
+    return bool(files.describe(path)["net"].get("network", {}).get("jumps"))
+
+
+def fine_tuning(cfg: DictConfig, regulariser: Distillation, network: nn.Module) -> FineTuning:
+    """The objective of adversarial fine-tuning of a network, with a fresh discriminator on the chosen device."""
+    how = instantiate(cfg.flow_map.adversarial)
+    judge = discriminator(cfg, how).to(parts.device(cfg))
+    return FineTuning(regulariser, Adversary(how, judge, last_weight(network), cfg.trainer.log_every_kimg))
 
 
 def matching(cfg: DictConfig) -> Matching:
@@ -67,6 +106,8 @@ def guided(cfg: DictConfig) -> guidance.Checked:
 def recipe(cfg: DictConfig) -> dict[str, Any]:
     """The settings that change the result; a guide is told by its hash, see `inputs`."""
     settings = parts.plain(cfg.flow_map)
+    if not is_adversarial(cfg):
+        del settings["adversarial"]
     return {**settings, "guidance": settings["guidance"]["lam_guid"]}
 
 
@@ -80,7 +121,7 @@ def inputs(cfg: DictConfig) -> dict[str, Any]:
 def aligned(cfg: DictConfig, network: nn.Module, start: Path | None, folder: Path) -> None:
     """Let a flow map that starts from a velocity learn its time embedding; the errors go to align.json in the run's folder."""
     begun = (folder / "last.ckpt").exists()
-    if start is None or begun or files.describe(start)["net"].get("network", {}).get("jumps"):
+    if start is None or begun or is_flow_map(start):
         return
     inner, before = (getattr(net, "network", net) for net in (network, files.load(start)))
     errors = align(inner, before, cfg.flow_map.align_steps, cfg.seed)

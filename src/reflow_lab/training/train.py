@@ -24,6 +24,7 @@ from ..data.sets import SampleSet, resident
 from ..data.sources import DataSource, Encoded, decoded, has_pixels
 from ..dyn.objective import Objective
 from ..errors import UserError, require
+from ..flow_maps.adversarial import FineTuning
 from ..flow_maps.distillation import Distillation
 from ..lrn import online, pairs
 from ..lrn.couplings import (
@@ -279,7 +280,7 @@ def optimise(
     own, first = parallel.own_rows(options.batch_size), parallel.is_first()
     coupling, heldout = mixture.open(sources(cfg, mixture.weights), options.batch_size, cfg.seed, options.num_heldout, own)
     device = parts.device(cfg).type
-    objective = loss(cfg)
+    objective = objective_of(cfg, network)
     counts = shares(mixture.weights, options.batch_size)
     if first:
         announce(mixture, objective, counts)
@@ -297,6 +298,7 @@ def optimise(
         logger=[lines, *loggers()] if first else False,
         callbacks=[
             *more,
+            *([objective.adversary] if isinstance(objective, FineTuning) else []),
             clock,
             instantiate(cfg.lrn.dropout),
             ema,
@@ -314,6 +316,14 @@ def optimise(
             print(f"stopped at step {trainer.global_step} of {total}, saved; the same command goes on")
         raise KeyboardInterrupt
     return clock.seconds
+
+
+def objective_of(cfg: DictConfig, network: nn.Module) -> Objective | Distillation:
+    """What the network's training minimises: the loss, in adversarial fine-tuning with a discriminator of this network."""
+    objective = loss(cfg)
+    if isinstance(objective, Distillation) and distil.is_adversarial(cfg):
+        return distil.fine_tuning(cfg, objective, network)
+    return objective
 
 
 def loss(cfg: DictConfig) -> Objective | Distillation:
