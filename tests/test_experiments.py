@@ -23,7 +23,7 @@ SCALES = sorted(path.stem for path in (conf_dir() / "scale").glob("*.yaml"))
 SMALL = [[], *([f"scale={name}"] for name in SCALES if name != "h100_30min")]  # Fashion-MNIST has 10,000 images
 EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
 T_MAX = f"t_max={80 / 81}"  # null for `evaluate`: the run's own
-FOREIGN = ("cifar10", "afhqv2", "ffhq", "imagenet64")  # whose data are not at hand
+FOREIGN = ("cifar10", "afhqv2", "ffhq", "imagenet64", "imagenet512")  # whose data are not at hand
 SCALED = [name for name in EXPERIMENTS if name.startswith((*FOREIGN, "custom")) and name != "custom_finetune"]
 OFFLINE = [name for name in EXPERIMENTS if not name.startswith(FOREIGN)]
 
