@@ -37,7 +37,10 @@ class StudySweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """Check all rows, launch them together, write the table. Raises `JobsFailed` at the end if some could not be done."""
-        from reflow_lab.studies import study  # here: Hydra loads every plug-in, whatever the verb
+        from reflow_lab.studies.request import asked  # here: Hydra loads every plug-in, whatever the verb
+
+        asked(self.config, arguments)
+        from reflow_lab.studies import study  # after that, since torch and all else take seconds
 
         jobs = study.jobs(self.config, arguments)
         words = [[*arguments, f"job=[{number},{seed}]"] for number, _, seed in jobs]

@@ -13,7 +13,7 @@ import yaml
 from .arguments import Parser
 from .artifacts import lock, read_json
 from .errors import UserError, bad_value, require
-from .evaluation.wording import primary
+from .evaluation.values import primary
 
 IMPROVEMENTS: dict[str, tuple[str, Callable[[Mapping[str, Any]], bool]]] = {
     "weight": ("dyn.weight", lambda node: named(node) in ("LossNormalisation", "LearnedNormalisation")),

@@ -24,9 +24,9 @@ from .errors import UserError, require
 from .evaluation import evaluate, targets
 from .evaluation.features import identity
 from .evaluation.intervals import difference
-from .evaluation.wording import plus_minus, primary
+from .evaluation.values import plus_minus, primary
 from .networks import files
-from .studies.study import key, merged
+from .studies.request import key, merged
 from .studies.table import header
 from .training import train
 

@@ -17,7 +17,7 @@ from reflow_lab.cli import main
 from reflow_lab.errors import UserError
 from reflow_lab.evaluation import evaluate, targets
 from reflow_lab.evaluation.features import WEIGHT_HASH
-from reflow_lab.evaluation.intervals import Z95
+from reflow_lab.evaluation.values import Z95
 from reflow_lab.gaussian import Gaussian
 from reflow_lab.networks import files
 from tiny import Lab, composed

@@ -11,7 +11,7 @@ from test_table import make_cells
 from reflow_lab.cli import main
 from reflow_lab.errors import UserError
 from reflow_lab.paths import conf_dir
-from reflow_lab.studies import page, results
+from reflow_lab.studies import estimates, page, results
 
 EXPERIMENTS = conf_dir().parent / "experiments"
 
@@ -29,7 +29,7 @@ def folder(tmp_path):
         about = {"title": f"About {name}", "overrides": [], "nfe": [1, 9], "rows": rows, "paper": "FID at 9 NFE"}
         path.write_text(yaml.safe_dump(about))
     (at := tmp_path / "experiments" / "results" / "mine").mkdir(parents=True)
-    results.write(at, results.build(STUDY, make_cells(tmp_path, [0, 1, 2]), "here", ["scale=mini"]))
+    results.write(at, estimates.build(STUDY, make_cells(tmp_path, [0, 1, 2]), "here", ["scale=mini"]))
     return tmp_path / "experiments"
 
 

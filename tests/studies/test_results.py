@@ -6,7 +6,7 @@ import pytest
 from test_table import METRICS, make_cells
 
 from reflow_lab.errors import UserError
-from reflow_lab.studies import results
+from reflow_lab.studies import estimates, results
 from reflow_lab.studies.description import Row, Study
 
 STUDY = Study(
@@ -21,7 +21,7 @@ STUDY = Study(
 
 @pytest.fixture
 def result(tmp_path):
-    return results.build(STUDY, make_cells(tmp_path, [0, 1, 2]), "here", ["study=group/mine", "scale=mini", "out=x", "seeds=3"])
+    return estimates.build(STUDY, make_cells(tmp_path, [0, 1, 2]), "here", ["study=group/mine", "scale=mini", "out=x", "seeds=3"])
 
 
 def test_a_result_tells_all_that_a_table_needs(result):

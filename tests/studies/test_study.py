@@ -13,8 +13,9 @@ from reflow_lab.evaluation import evaluate
 from reflow_lab.networks import files
 from reflow_lab.studies import study as verb
 from reflow_lab.studies.description import Row, Study, chosen, find, read
-from reflow_lab.studies.results import COLUMNS
-from reflow_lab.studies.study import key, merged, needed
+from reflow_lab.studies.estimates import COLUMNS
+from reflow_lab.studies.request import key, merged
+from reflow_lab.studies.study import needed
 from reflow_lab.training import train
 
 ROWS = [

@@ -5,10 +5,10 @@ import re
 import pytest
 import torch
 
-from reflow_lab.evaluation.intervals import Z95
+from reflow_lab.evaluation.values import Z95
 from reflow_lab.studies import results, table
 from reflow_lab.studies.description import Row, Study
-from reflow_lab.studies.results import COLUMNS, build, effect, estimate
+from reflow_lab.studies.estimates import COLUMNS, build, effect, estimate
 
 STUDY = Study("A title", (), (1, 9), (Row("base", ("a=1",)), Row("better", ("a=2",), "base")))
 VALUES = {("base", 0): 30.0, ("base", 1): 34.0, ("base", 2): 26.0, ("better", 0): 21.0, ("better", 1): 23.0, ("better", 2): 19.0}

@@ -52,8 +52,8 @@ from .targets import (
     teacher_samples,
     teacher_samples_plan,
 )
+from .values import ADDED, PAIRED, TEACHER, plus_minus
 from .vectors import Vectors
-from .wording import ADDED, PAIRED, TEACHER, plus_minus
 
 VERSION = 5  #: of the recipe: increment when the same configuration means another result
 NOT_MEASURING = (
@@ -105,7 +105,7 @@ def by_seed(cfg: DictConfig) -> list[DictConfig]:
 def over_seeds(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The metrics of the first set of samples; of several `over_seeds`, with each metric's minimum, mean and spread."""
     first, names = cells[0], [*cells[0]["intervals"], *cells[0]["scores"]]
-    least = (first["distance"], first["distance"] + TEACHER)  # the field's habit
+    least = (first["distance"], first["distance"] + TEACHER)  # whose minimum is the field's habit
     values = {name: [cell[name] for cell in cells] for name in names}
     spread = {
         name: {

@@ -28,10 +28,9 @@ from ..progress import Bar
 from . import curvature, neighbours, per_class, pictures
 from .cost import Cost, cost, markdown
 from .features import Lite0Features
-from .intervals import Z95
 from .paired import paired_mse
 from .per_class import ClassDistance, distance_of_few
-from .wording import plus_minus
+from .values import Z95, plus_minus
 
 VERSION = 1  #: of the recipe: increment when the same configuration means another result
 SPACES = {"lite0": "in Lite0's features", "pixels": "in pixels"}

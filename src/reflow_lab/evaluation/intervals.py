@@ -6,7 +6,6 @@ resampled alike: student and teacher, one rung and the next. An effect's interva
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,18 +13,9 @@ from scipy.stats import t as student_t
 from torch import Tensor
 
 from .. import noise
+from .values import Z95, Interval
 
-Z95 = 1.959963984540054
 BLOCK = 8  #: resamples formed at a time
-
-
-class Interval(NamedTuple):
-    """A value, its standard deviation (error) and the ends of its 95 % interval."""
-
-    value: float
-    std: float
-    low: float
-    high: float
 
 
 def resample_indices(num_samples: int, num_resamples: int, seed: int, first: int = 0) -> Tensor:

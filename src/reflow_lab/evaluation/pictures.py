@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..artifacts import write_atomically
-from .intervals import Z95
 from .per_class import ClassDistance
+from .values import Z95
 
 NAMED = 40  #: classes up to which each is named on its axis
 GAP = 0.09  #: inches between images

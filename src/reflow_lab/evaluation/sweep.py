@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 from ..artifacts import digest, write_atomically, write_json
 from ..studies.table import against_itself, header, show
-from .intervals import Interval
-from .wording import distances, primary
+from .values import Interval, distances, primary
 
 VARIED = ("weights", "profile", "solver", "grid", "nfe", "t_max", "guidance")  #: parts of a protocol that a table is about
 

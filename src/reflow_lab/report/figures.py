@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-from ..evaluation.intervals import Z95
+from ..evaluation.values import Z95
 from .loaded import Entry, Loaded
 from .svg import Panel, Scale, mark, number, spanning, style, tag, text
 

@@ -24,12 +24,11 @@ from ..inf import guidance
 from ..inf.sampler import require_suited
 from ..networks import files
 from ..training import train
-from . import results, table, traces
+from . import estimates, results, table, traces
 from .description import LINKS, Row, Study, chosen, load
 from .figure import draw_samples
+from .request import asked, key, merged, own_overrides
 
-OWN_KEYS = ("study", "rows", "seeds", "out", "seed", "job")  #: said of the study, not of its rows
-OWN_GROUPS = ("hydra", "launcher")  #: likewise, with all below them
 SHARED_KEYS = ("data", "teacher", "evaluation", "precision")  #: without which numbers of two rows do not compare
 
 
@@ -49,26 +48,6 @@ class Outcome(NamedTuple):
     seed: int
     cells: list[dict[str, Any]]
     error: str | None
-
-
-def merged(*groups: Sequence[str]) -> list[str]:
-    """Overrides of later groups instead of those of the same key in earlier ones."""
-    last = {key(override): override for group in groups for override in group}
-    return list(last.values())
-
-
-def key(override: str) -> str:
-    """The key or group that an override is about."""
-    return override.lstrip("+~").split("=")[0]
-
-
-def own_overrides(given: Sequence[str]) -> list[str]:
-    """What the command line says of all rows."""
-    for override in given:
-        if key(override) == "nfe":
-            raise UserError(f"{override}: a study measures at the numbers of steps that its file lists")
-    about = [(override, key(override)) for override in given]
-    return [override for override, k in about if k not in OWN_KEYS and k.replace("/", ".").split(".")[0] not in OWN_GROUPS]
 
 
 def compose(study: Study, row: Row, seed: int, given: Sequence[str]) -> Planned:
@@ -200,12 +179,9 @@ class Job(NamedTuple):
 
 def jobs(cfg: DictConfig, given: Sequence[str]) -> list[Job]:
     """The rows and seeds that a study runs, all of them checked; nothing is made yet."""
-    require(isinstance(cfg.seeds, int) and cfg.seeds >= 1, "seeds", cfg.seeds, "must be a whole number of at least 1")
-    described = load(cfg.study)
-    results.require_whole(Path(cfg.out))
-    shown, seeds = [row.name for row in chosen(described, cfg.rows).rows], range(cfg.seed, cfg.seed + cfg.seeds)
-    require_comparable(plan(described, shown, seeds, own_overrides(given)))
-    found = [Job(n, row.name, seed) for n, row in enumerate(described.rows) if row.name in shown for seed in seeds]
+    described, names, seeds, own = asked(cfg, given)
+    require_comparable(plan(described, names, seeds, own))
+    found = [Job(n, row.name, seed) for n, row in enumerate(described.rows) if row.name in names for seed in seeds]
     steps = len(described.nfe)
     print(f"{described.title}: {len(found)} runs, each measured at {steps} step counts; what is finished is read back")
     return found
@@ -279,7 +255,7 @@ def write(
     """table.json, table.md, table.tex, samples.png and traces.json in `out`."""
     whole, own = load(cfg.study), own_overrides(given)
     first = [cell for cell in cells if cell["seed"] == cfg.seed]
-    result = results.build(shown, cells, data_set(shown, own), given)
+    result = estimates.build(shown, cells, data_set(shown, own), given)
     result["failed"] = [{"name": outcome.row, "seed": outcome.seed, "error": outcome.error} for outcome in failed]
     out = results.place(Path(cfg.out), result)
     out.mkdir(parents=True, exist_ok=True)

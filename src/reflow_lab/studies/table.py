@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..artifacts import write_atomically
-from ..evaluation.intervals import Interval
-from ..evaluation.wording import ADDED, PAIRED, TEACHER, plus_minus
+from ..evaluation.values import ADDED, PAIRED, TEACHER, Interval, plus_minus
 from .results import Cell, Result, of
 
 DIGITS = {"fd_lite0": 1, "fd_inception": 2, "fid": 2}  #: after the point, by the metric's name

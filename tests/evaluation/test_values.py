@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from reflow_lab.evaluation.wording import distances, plus_minus, primary
+from reflow_lab.evaluation.values import distances, plus_minus, primary
 
 
 @pytest.mark.parametrize(
@@ -33,5 +33,5 @@ def test_value_and_half(given, expected):
 
 
 def test_it_starts_without_torch():
-    code = "import sys; from reflow_lab.evaluation import wording; print('torch' in sys.modules)"
+    code = "import sys; from reflow_lab.evaluation import values; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

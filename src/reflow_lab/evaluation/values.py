@@ -1,11 +1,22 @@
-"""What the distances of an evaluation are called, and how a value with its interval is written. Needs no torch."""
+"""Values of an evaluation: with intervals, how they are written, what distances are called. Needs no torch."""
 
 import math
 from collections.abc import Container
+from typing import NamedTuple
 
 TEACHER = "_teacher"  #: of the distance to the teacher's many-step samples of the same noise
 ADDED = "_added"  #: of the distance to the data, less that of the teacher's many-step samples
 PAIRED = "paired_rmse"  #: to the teacher's sample of the same noise
+Z95 = 1.959963984540054  #: half of a normal 95 % interval, in standard errors
+
+
+class Interval(NamedTuple):
+    """A value, its standard deviation (error) and the ends of its 95 % interval."""
+
+    value: float
+    std: float
+    low: float
+    high: float
 
 
 def distances(name: str, known: Container[str]) -> list[str]:

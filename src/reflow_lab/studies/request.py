@@ -1,0 +1,52 @@
+"""What the command line asks of a study, checked before torch is imported: a mistake is answered in a second."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from omegaconf import DictConfig
+
+from ..errors import UserError, require
+from . import results
+from .description import Study, chosen, load
+
+OWN_KEYS = ("study", "rows", "seeds", "out", "seed", "job")  #: said of the study, not of its rows
+OWN_GROUPS = ("hydra", "launcher")  #: likewise, with all below them
+
+
+class Asked(NamedTuple):
+    """A study, the names of the rows that are wanted, their training seeds, and what the command line says of all rows."""
+
+    study: Study
+    names: list[str]
+    seeds: range
+    overrides: list[str]
+
+
+def asked(cfg: DictConfig, given: Sequence[str]) -> Asked:
+    """What is asked; raises a `UserError` for a mistake in it, or where `out` holds a result that was changed."""
+    require(isinstance(cfg.seeds, int) and cfg.seeds >= 1, "seeds", cfg.seeds, "must be a whole number of at least 1")
+    described, own = load(cfg.study), own_overrides(given)
+    names = [row.name for row in chosen(described, cfg.rows).rows]
+    results.require_whole(Path(cfg.out))
+    return Asked(described, names, range(cfg.seed, cfg.seed + cfg.seeds), own)
+
+
+def merged(*groups: Sequence[str]) -> list[str]:
+    """Overrides of later groups instead of those of the same key in earlier ones."""
+    last = {key(override): override for group in groups for override in group}
+    return list(last.values())
+
+
+def key(override: str) -> str:
+    """The key or group that an override is about."""
+    return override.lstrip("+~").split("=")[0]
+
+
+def own_overrides(given: Sequence[str]) -> list[str]:
+    """What the command line says of all rows."""
+    for override in given:
+        if key(override) == "nfe":
+            raise UserError(f"{override}: a study measures at the numbers of steps that its file lists")
+    about = [(override, key(override)) for override in given]
+    return [override for override, k in about if k not in OWN_KEYS and k.replace("/", ".").split(".")[0] not in OWN_GROUPS]
