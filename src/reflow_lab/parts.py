@@ -14,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
 from . import parallel
-from .data.sources import DataSource
+from .data.autoencoder import Codec
+from .data.sources import DataSource, Encoded
 from .errors import UserError, bad_value, require
 from .inf import guidance as guiding
 from .networks import files
@@ -219,6 +220,9 @@ def described(path: Path, source: DataSource, key: str) -> Teacher:
     require(shape == own, key, path, f"makes samples of shape {shape}, but the data has {own}")
     classes = int(description["num_classes"])
     require(classes in (0, source.num_classes), key, path, f"takes {classes} classes, but the data has {source.num_classes}")
+    if isinstance(source, Encoded) and (about := description.get("latents")):
+        others = "makes latents of another autoencoder than data.path has, or of another data.mean or data.std"
+        require(Codec.described(about).suits(source.codec), key, path, others)
     return Teacher(path, digest, description)
 
 

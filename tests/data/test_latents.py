@@ -1,6 +1,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 
 import reflow_lab
+import tiny
 from reflow_lab.artifacts import read_json
 from reflow_lab.cli import main
 from reflow_lab.data import autoencoder, encode
@@ -17,6 +19,7 @@ from reflow_lab.data.sets import ImageSet
 from reflow_lab.data.sources import decoded, has_pixels
 from reflow_lab.data.zips import encode_png, write_archive
 from reflow_lab.errors import UserError
+from reflow_lab.evaluation import targets
 from reflow_lab.lrn.couplings import IndependentPairs
 from reflow_lab.noise import permutation
 
@@ -248,6 +251,23 @@ def test_edm2s_numbers():
     assert torch.allclose(Codec().standardised(raw).flatten(), torch.tensor([0.5, -0.5, 0.0, 1.0]), atol=1e-6)
 
 
+def test_codecs_compare():
+    one = Codec("here", weights="a")
+    assert one.suits(Codec("there", weights="a")) and one.suits(Codec("there")) and Codec().suits(one)
+    assert not one.suits(Codec("here", weights="b")) and not one.suits(Codec("here", std=(1, 1, 1, 1), weights="a"))
+
+
+@pytest.mark.parametrize("kept", [KEPT, NUM])
+def test_only_a_whole_set_makes_a_fid(work, tmp_path, monkeypatch, kept):
+    """50,000 samples in Inception's features against all kept originals are a FID if no image was left out."""
+    assert main(words(work, tmp_path / "made", "--originals", str(kept))) == 0
+    published = SimpleNamespace(name="inception", settings={"rounding": True})
+    monkeypatch.setattr(targets, "feature_network", lambda _: published)
+    data = ["experiment=imagenet512", f"data.path={tmp_path / 'made'}", "data.resolution=16", "data.num_classes=3"]
+    cfg = tiny.composed("evaluate", *data, "evaluation.num_images=50000", "evaluation.reference=all")
+    assert targets.distance_name(cfg) == ("fid" if kept == NUM else "fd_inception")
+
+
 @pytest.fixture(scope="module")
 def lab(work, made):
     """A base flow of a kilo-image on these latents."""
@@ -305,5 +325,7 @@ def test_what_latents_cannot(lab, capsys):
     assert "pairs.flips=True: points have no left and right, latents" in refused(capsys, [*pairs, "pairs.flips=true"])
     flip = ["train", "experiment=imagenet512_base", *common, "training.flips=true"]
     assert "training.flips=True: is for images" in refused(capsys, flip)
+    other = [*pairs, "data.std=[1,1,1,1]"]
+    assert f"teacher.path={run}" in (line := refused(capsys, other)) and "of another data.mean or data.std" in line
     look = ["inspect", "experiment=imagenet512", *words, f"run={run}"]
     assert "copies are found among images" in refused(capsys, look)

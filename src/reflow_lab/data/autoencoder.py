@@ -96,6 +96,11 @@ class Codec:
         """As JSON has it."""
         return asdict(self) | {"mean": list(self.mean), "std": list(self.std)}
 
+    def suits(self, other: "Codec") -> bool:
+        """Whether latents of both are the same as far as it is known, wherever their autoencoder lies."""
+        known = self.weights is not None and other.weights is not None
+        return (self.mean, self.std) == (other.mean, other.std) and (not known or self.weights == other.weights)
+
     def standardised(self, raw: Tensor) -> Tensor:
         """(raw - mean) / std * sigma_data, which networks see; (n, c, h, w)."""
         return (raw - per_channel(self.mean, raw)) / per_channel(self.std, raw) * SIGMA_DATA

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import parts
 from ..artifacts import Artifact, file_hash
-from ..data.sources import decoded
+from ..data.sources import Encoded, decoded
 from ..errors import require
 from ..lrn import pairs
 from ..lrn.store import PairStore
@@ -45,9 +45,16 @@ def feature_network(cfg: DictConfig) -> FeatureNetwork:
 def distance_name(cfg: DictConfig) -> str:
     """What the Fréchet distance is called: by its features. A FID is Inception's, of 50,000 rounded images, of a whole set."""
     network = feature_network(cfg)
-    whole = cfg.evaluation.reference is not None and cfg.evaluation.num_images == FID_IMAGES
-    is_fid = network.name == PUBLISHED_INCEPTION and whole and network.settings["rounding"]
+    enough = cfg.evaluation.num_images == FID_IMAGES and is_whole(cfg)
+    is_fid = network.name == PUBLISHED_INCEPTION and enough and network.settings["rounding"]
     return "fid" if is_fid else f"fd_{network.name}"
+
+
+def is_whole(cfg: DictConfig) -> bool:
+    """Whether the reference stands for a whole data set; beside latents only some of the original images may be kept."""
+    source, wanted = parts.data_source(cfg), cfg.evaluation.reference
+    some = wanted == "all" and isinstance(source, Encoded) and len(source.split("reference")) < len(source.split("train"))
+    return wanted is not None and not some
 
 
 def features(cfg: DictConfig, samples: Tensor) -> Tensor:
