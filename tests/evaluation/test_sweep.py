@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import pytest
@@ -86,3 +87,20 @@ def test_commas_are_a_sweep_in_one_command(toy, capsys):
 def test_one_evaluation_makes_no_table(toy, capsys):
     assert main(["evaluate", *toy.words(f"run={toy.teacher}", "nfe=3", "evaluation.num_images=200")]) == 0
     assert "|" not in capsys.readouterr().out
+
+
+def test_lines_that_coincide_are_one_and_say_so():
+    def row(*values):
+        return {str(at): sweep.Job({}, {"fd": value}) for at, value in enumerate(values)}
+
+    rows = {"euler": row(3.0, 2.0), "heun": row(3.0, 1.0), "dpm": row(3.0, 1.0), "rfpp": row(3.0)}
+    assert {name: len(found) for name, found in sweep.distinct(rows, "fd").items()} == {"euler": 2, "heun = dpm": 2, "rfpp": 1}
+
+
+def test_lines_that_meet_show_below_each_other():
+    """The later the line the thinner it and its marks are, and the higher it lies."""
+    styles = [sweep.style(number, 6) for number in range(6)]
+    for key, direction in (("linewidth", -1), ("markersize", -1), ("zorder", 1)):
+        sizes = [style[key] for style in styles]
+        assert sizes == sorted(sizes, reverse=direction < 0) and len(set(sizes)) == 6
+    assert all(a["linestyle"] != b["linestyle"] and a["marker"] != b["marker"] for a, b in itertools.pairwise(styles))

@@ -10,6 +10,8 @@ from ..artifacts import digest, write_atomically, write_json
 from ..studies.table import against_itself, header, show
 from .values import Interval, distances, primary
 
+DASHES = ("-", (0, (4, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1, 1.2)))  #: of matplotlib's lines, in points
+MARKS = "osD^vP"  #: of matplotlib
 VARIED = ("weights", "profile", "solver", "grid", "nfe", "t_max", "guidance")  #: parts of a protocol that a table is about
 
 
@@ -133,6 +135,26 @@ def calls(jobs: Sequence[Job], made: Layout) -> list[str]:
     ]
 
 
+def distinct(rows: dict[str, dict[str, Job]], name: str) -> dict[str, dict[str, Job]]:
+    """The rows of a metric, those whose values all agree as one, called `A = B`: one line would hide the other."""
+    found: dict[tuple[tuple[str, float], ...], list[str]] = {}
+    for label, jobs in rows.items():
+        found.setdefault(tuple(sorted((at, job.metrics[name]) for at, job in jobs.items())), []).append(label)
+    return {" = ".join(labels): rows[labels[0]] for labels in found.values()}
+
+
+def style(number: int, total: int) -> dict[str, Any]:
+    """How a line is drawn: later ones are thinner, dashed and with smaller marks, so that those below show where they meet."""
+    share = (total - number) / total
+    return {
+        "linestyle": DASHES[number % len(DASHES)],
+        "marker": MARKS[number % len(MARKS)],
+        "linewidth": 0.8 + 1.8 * share**2,
+        "markersize": 2.5 + 5 * share**2,
+        "zorder": 2 + number / total,
+    }
+
+
 def plot(jobs: Sequence[Job], made: Layout, kind: str, path: Path) -> None:
     """The primary distance along the columns, one line a row, with intervals; logarithmic over a wide range."""
     import matplotlib
@@ -144,11 +166,12 @@ def plot(jobs: Sequence[Job], made: Layout, kind: str, path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     numeric = all(is_number(v) for v in made.values)
-    for label, found in series(jobs, made).items():
+    lines = distinct(series(jobs, made), name)
+    for number, (label, found) in enumerate(lines.items()):
         at = [v for v in made.values if v in found]
         y = [value(found[v], name) for v in at]
         x, errors = [float(v) for v in at] if numeric else at, ([v.value - v.low for v in y], [v.high - v.value for v in y])
-        axes.errorbar(x, [v.value for v in y], errors, marker="o", markersize=3, label=label)
+        axes.errorbar(x, [v.value for v in y], errors, elinewidth=1, label=label, **style(number, len(lines)))
     axes.set(xlabel="calls of the velocity a sample (NFE)" if made.columns == "nfe" else made.columns, ylabel=name)
     shown = [job.metrics[name] for job in jobs]
     if min(shown) > 0 and max(shown) > 4 * min(shown):
