@@ -55,6 +55,21 @@ def test_a_changed_result_is_refused_and_the_page_stays(folder, capsys):
     assert (folder / "README.md").read_text() == before
 
 
+def test_results_may_lie_anywhere_below_a_folder_of_ones_own(folder, capsys):
+    """Beside which the page goes, with links from there; tables of `evaluate` and `search` are no studies'."""
+    outputs = folder.parent / "outputs"
+    shutil.move(folder / "results" / "mine", outputs / "group" / "mine")
+    for other in ("sweeps", "search"):
+        (outputs / other / "key").mkdir(parents=True)
+        (outputs / other / "key" / results.FILE).write_text("[]")
+    page.main([str(folder), "--results", str(outputs)])
+    text = (outputs / "README.md").read_text()
+    assert not (folder / "README.md").exists() and "[group/mine](../experiments/group/mine.yaml)" in text
+    assert "[its cells](group/mine/table.json)" in text and (outputs / "group" / "mine" / "table.json").exists()
+    with pytest.raises(UserError, match=r"^--results=nowhere: no such folder"):
+        page.main([str(folder), "--results", "nowhere"])
+
+
 def test_a_file_that_is_no_study_keeps_no_other_from_the_page(folder):
     (folder / "group" / "wrong.yaml").write_text("title: [")
     page.main([str(folder)])

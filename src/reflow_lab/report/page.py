@@ -15,13 +15,12 @@ import reflow_lab
 from ..arguments import Parser
 from ..artifacts import write_atomically
 from ..errors import UserError, require
-from ..studies import table
+from ..studies import results, table
 from . import figures, loaded, tables
 from .loaded import Loaded
 from .svg import Panel, swatch
 
 FOLDERS = ("experiments/results", "outputs")  #: where results are looked for if none are named
-NO_STUDIES = ("sweeps", "search")  #: the folders in which `evaluate` and `search` keep tables, which are no study's
 WIDEST = 1600  #: pixels of a picture of samples
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  #: by which a browser fetches and runs nothing
 INTRODUCTION = (
@@ -57,10 +56,10 @@ def named(folders: Sequence[Path]) -> list[Path]:
 
 def present() -> list[Path]:
     """Every folder with a study's result below FOLDERS."""
-    files = [path for root in FOLDERS for path in sorted(Path(root).rglob("table.json")) if path.parts[-3] not in NO_STUDIES]
-    if not files:
+    found = [folder for root in FOLDERS for folder in results.found(Path(root))]
+    if not found:
         raise UserError(f"no table.json below {' or '.join(FOLDERS)}: run a study first, e.g. `make demo`, or name its folder")
-    return [path.parent for path in files]
+    return found
 
 
 def page(found: Sequence[Loaded]) -> str:
