@@ -6,7 +6,7 @@ import pytest
 from test_table import METRICS, make_cells
 
 from reflow_lab.errors import UserError
-from reflow_lab.studies import estimates, results
+from reflow_lab.studies import estimates, results, table
 from reflow_lab.studies.description import Row, Study
 
 STUDY = Study(
@@ -38,6 +38,27 @@ def test_a_result_tells_all_that_a_table_needs(result):
     assert len(result["estimates"]) == 4 * 2 * 2 and len(result["effects"]) == 4 * 2
     (found,) = [e for e in result["effects"] if (e["metric"], e["nfe"]) == ("fd_lite0", 1)]
     assert found["value"] == pytest.approx(-9) and found["low"] == pytest.approx(-9 - 4.302653 * 2 / 3**0.5, rel=1e-6)
+
+
+def with_scores(cells):
+    """Recall of a cell: its distance over 100; of one seed it has no interval, since the noise is not resampled for it."""
+    scored = {"scores": ["kd_lite0", "kd_lite0_std", "recall"], "kd_lite0_std": 0.5}
+    return [cell | scored | {"recall": cell["fd_lite0"] / 100, "kd_lite0": 2 * cell["fd_lite0"]} for cell in cells]
+
+
+def test_scores_stand_beside_the_distances(tmp_path):
+    """With intervals over seeds; of one seed without."""
+    one, three = (estimates.build(STUDY, with_scores(make_cells(tmp_path / str(num), range(num))), "here", []) for num in (1, 3))
+    assert three["metrics"] == ["fd_lite0_teacher", "fd_lite0", "fd_lite0_added", "paired_rmse", "kd_lite0", "recall"]
+    for place in ("estimates", "effects"):
+        for alone, several in zip(one[place], three[place], strict=True):
+            if alone["metric"] == "recall":
+                assert alone["low"] is None and several["low"] < several["value"] < several["high"]
+    by_metric = {e["metric"]: e["value"] for e in three["effects"] if e["nfe"] == 1}
+    assert by_metric["recall"] == pytest.approx(by_metric["fd_lite0"] / 100)
+    text = table.markdown(one)
+    assert "## recall: share of the data within the samples' manifold; higher is better" in text
+    assert "## kd_lite0: kernel distance to the data" in text and "kd_lite0_std" not in text
 
 
 def test_it_is_read_back_as_it_was_written(result, tmp_path):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 TEACHER = "_teacher"  #: of the distance to the teacher's many-step samples of the same noise
 ADDED = "_added"  #: of the distance to the data, less that of the teacher's many-step samples
 PAIRED = "paired_rmse"  #: to the teacher's sample of the same noise
+SPREAD = "_std"  #: of a score over subsets or splits, beside the score
 Z95 = 1.959963984540054  #: half of a normal 95 % interval, in standard errors
 
 

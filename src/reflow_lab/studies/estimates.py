@@ -11,7 +11,7 @@ import reflow_lab
 
 from ..artifacts import read_json
 from ..evaluation.intervals import difference, mean_interval
-from ..evaluation.values import PAIRED, Interval, distances
+from ..evaluation.values import PAIRED, SPREAD, Interval, distances
 from .description import Study
 from .results import Cell, Result, about, command, of
 
@@ -40,7 +40,7 @@ def build(study: Study, cells: Sequence[Cell], data: str, given: Sequence[str]) 
     """All that is told of a study. given: the words of its command line; data: the data set, by which the paper's numbers go."""
     first = cells[0]
     names, metrics = [*first["intervals"], *first["scores"]], distances(first["distance"], first["intervals"])
-    metrics += [PAIRED] if PAIRED in names else []
+    metrics += [name for name in (PAIRED, *first["scores"]) if name in names and not name.endswith(SPREAD)]
     return {
         "study": study.name,
         "title": study.title,
@@ -86,10 +86,13 @@ def ends(found: Interval) -> dict[str, float | None]:
 
 
 def estimate(cells: Sequence[Cell], metric: str) -> Interval:
-    """Over seeds where there are several that differ (a row without training has none), else over the noise."""
+    """Over seeds where there are several that differ (a row without training has none), else over the noise.
+
+    Scores have no interval over the noise.
+    """
     if len({cell[metric] for cell in cells}) > 1:
         return mean_interval([c[metric] for c in cells])
-    return Interval(cells[0][metric], math.nan, *cells[0]["intervals"][metric])
+    return Interval(cells[0][metric], math.nan, *cells[0]["intervals"].get(metric, (math.nan, math.nan)))
 
 
 def effect(cells: Sequence[Cell], others: Sequence[Cell], metric: str) -> Interval:
@@ -100,6 +103,8 @@ def effect(cells: Sequence[Cell], others: Sequence[Cell], metric: str) -> Interv
     if any(len({cell[metric] for cell in row}) > 1 for row in (cells, others)):
         return mean_interval([a[metric] - b[metric] for a, b in zip(cells, others, strict=True)])
     a, b = cells[0], others[0]
+    if metric in a["scores"]:
+        return Interval(a[metric] - b[metric], math.nan, math.nan, math.nan)
     return difference(a[metric], resampled(a, metric), b[metric], resampled(b, metric))
 
 

@@ -11,6 +11,13 @@ from .results import Cell, Result, of
 
 DIGITS = {"fd_lite0": 1, "fd_inception": 2, "fid": 2}  #: after the point, by the metric's name
 UNKNOWN = "n/a"
+KERNEL = "kernel distance to the data"
+SCORES = {
+    "kid": KERNEL,
+    "precision": "share of samples within the data's manifold; higher is better",
+    "recall": "share of the data within the samples' manifold; higher is better",
+    "inception_score": "higher is better",
+}
 SPECIAL = {"\\": r"\textbackslash{}", **{c: f"\\{c}" for c in "&%$#_{}"}, "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 
 
@@ -68,6 +75,8 @@ def meaning(metric: str, cells: Sequence[Cell]) -> str:
         return "distance to the teacher's many-step samples of the same noise"
     if metric.endswith(ADDED):
         return "distance to the data beyond that of the teacher's many-step samples"
+    if metric in SCORES or metric.startswith("kd_"):
+        return SCORES.get(metric, KERNEL)
     return f"distance to the data (real against real: {against_itself(cells[0]['floor'])})"
 
 
