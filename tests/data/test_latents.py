@@ -24,6 +24,8 @@ from reflow_lab.lrn.couplings import IndependentPairs
 from reflow_lab.noise import permutation
 
 SIDE, FACTOR, NUM, KEPT = 64, 4, 204, 60
+NET = ["net=unet_small", "net.network.channels=8", "net.network.num_classes=3", "precision=32-true", "training.num_heldout=2"]
+NET += ["training.batch_size=8", "training.total_kimg=0.016"]
 CLASSES = ("n00000001", "n00000002", "n00000003")
 
 
@@ -192,6 +194,25 @@ def test_an_interrupted_command_goes_on(work, made, tmp_path, monkeypatch, capsy
     assert "originals: 60 there, 3 here" in refused(capsys, words(work, tmp_path / "made", "--originals", "3"))
 
 
+def test_a_command_that_died_at_the_end_goes_on(work, made, tmp_path, monkeypatch, capsys):
+    """The files have their names, but the mark that they are whole is missing; or what was saved has been lost."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("reflow_lab.artifacts.Artifact.finish", killed)
+        assert main(words(work, tmp_path / "made")) == 130
+    assert (tmp_path / "made" / "latents.npy").exists()
+    assert main(words(work, tmp_path / "made")) == 0
+    assert (tmp_path / "made" / "latents.npy").read_bytes() == (made / "latents.npy").read_bytes()
+    capsys.readouterr()
+    (tmp_path / "lost").mkdir()
+    (tmp_path / "lost" / "recipe.json").write_text((made / "recipe.json").read_text())
+    (tmp_path / "lost" / encode.PROGRESS).write_text('{"row": 8}')
+    assert "is shorter than what was saved" in refused(capsys, words(work, tmp_path / "lost"))
+
+
 def test_mistakes_are_one_line(work, made, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     out = tmp_path / "out"
@@ -323,6 +344,8 @@ def test_what_latents_cannot(lab, capsys):
     pairs = ["pairs", "experiment=imagenet512", *words]
     assert "pairs.dtype=uint8: holds images only" in refused(capsys, [*pairs, "pairs.dtype=uint8"])
     assert "pairs.flips=True: points have no left and right, latents" in refused(capsys, [*pairs, "pairs.flips=true"])
+    gone = ["train", "experiment=imagenet512_base", *common, *NET, "data.autoencoder=/nowhere", "seed=1"]
+    assert refused(capsys, gone).startswith("data.autoencoder=/nowhere: no such folder")  # though only pictures need it
     flip = ["train", "experiment=imagenet512_base", *common, "training.flips=true"]
     assert "training.flips=True: is for images" in refused(capsys, flip)
     other = [*pairs, "data.std=[1,1,1,1]"]

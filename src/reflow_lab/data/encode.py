@@ -166,13 +166,18 @@ class Growing:
 
     @contextmanager
     def opened(self, row: int) -> Iterator[BinaryIO]:
-        """To write from this row on; what lies behind it is forgotten."""
+        """To write from this row on; what lies behind it is forgotten. Raises a `UserError` where there are not so many rows."""
+        if self.path.exists():  # it had its name already, when the command was ended
+            self.path.replace(self.hidden)
         self.hidden.touch()
         with self.hidden.open("r+b") as file:
             kind = np.lib.format.dtype_to_descr(self.dtype)
             np.lib.format.write_array_header_1_0(file, {"descr": kind, "fortran_order": False, "shape": self.shape})
-            file.truncate(file.tell() + row * self.nbytes // max(self.shape[0], 1))
-            file.seek(0, os.SEEK_END)
+            end = file.tell() + row * self.nbytes // max(self.shape[0], 1)
+            lost = f"is shorter than what was saved; delete {self.path.parent} to begin again"
+            require(file.seek(0, os.SEEK_END) >= end, "--out", self.hidden, lost)
+            file.truncate(end)
+            file.seek(end)
             yield file
 
     def finish(self) -> None:

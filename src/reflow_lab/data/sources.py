@@ -1,8 +1,9 @@
 """What a data source is, and what the sources share: splits that never change, and errors of one line."""
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -61,6 +62,13 @@ class Encoded(DataSource, Protocol):
 def decoded(source: DataSource, samples: Tensor) -> Tensor:
     """Samples as they are looked at and measured: latents as images, whatever else as it is."""
     return source.decode(samples) if isinstance(source, Encoded) else samples
+
+
+def decoder(source: DataSource) -> Callable[[Tensor], Tensor]:
+    """`decoded` of a source; an autoencoder is loaded now, so that one which cannot be is told before any work."""
+    if isinstance(source, Encoded):
+        source.codec.model()
+    return partial(decoded, source)
 
 
 def has_pixels(source: DataSource) -> bool:

@@ -36,7 +36,7 @@ class FewStep(L.Callback):
         every_kimg: float,
         paired: bool,
         picture_path: Path,
-        decode: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach,
+        decode: Callable[[torch.Tensor], torch.Tensor] = lambda made: made,
     ) -> None:
         self.heldout, self.every_kimg, self.paired, self.picture_path = heldout, every_kimg, paired, picture_path
         self.decode = decode

@@ -21,7 +21,7 @@ from .. import parallel, parts, tracking
 from ..artifacts import Artifact, artifact, read_json, write_json
 from ..data.augment import AUGMENT_DIM, UNCHANGED, Augmentation
 from ..data.sets import SampleSet, resident
-from ..data.sources import DataSource, Encoded, decoded, has_pixels
+from ..data.sources import DataSource, Encoded, decoder, has_pixels
 from ..dyn.objective import Objective
 from ..errors import UserError, require
 from ..flow_maps.adversarial import FineTuning
@@ -391,7 +391,7 @@ def watchers(cfg: DictConfig, folder: Path, heldout: Coupling) -> list[L.Callbac
             every_kimg=options.few_step_every_kimg,
             paired=paired,
             picture_path=folder / "few_step.png",
-            decode=partial(decoded, parts.data_source(cfg)),
+            decode=decoder(parts.data_source(cfg)),
         ),
     ]
 
