@@ -1,7 +1,9 @@
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from reflow_lab.networks import attention
 from reflow_lab.networks.attention import attend, in_forward_ad, scaled_dot_product, split_heads
 
 
@@ -48,3 +50,19 @@ def test_forward_mode_is_noticed_and_served():
     with forward_ad.dual_level():
         attention(q)
     assert asked == [True, False, False, True]
+
+
+def test_a_forced_kernel_without_forward_mode_is_replaced_and_that_is_said_once(recwarn):
+    attention.say_switched.cache_clear()
+    q = torch.randn(1, 1, 6, 4)
+
+    def slope():
+        found = torch.func.jvp(lambda x: scaled_dot_product(x, x, x), (q,), (q,))[1]
+        return found, [str(w.message) for w in recwarn.list if "forward derivative" in str(w.message)]
+
+    expected, said = slope()
+    assert said == []
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        found = [slope(), slope()][1]
+    torch.testing.assert_close(found[0], expected)
+    assert found[1] == ["attention: no fused kernel has a forward derivative; Jacobian-vector products take torch's math kernel"]

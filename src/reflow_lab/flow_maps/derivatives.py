@@ -1,14 +1,16 @@
 """The derivative of a mean velocity along a direction in (x, t, s): exact by forward mode, or by one difference."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import require
 from ..flow import MeanVelocity, append_dims
-from ..networks.precision import AUTOCAST, full_precision, require_precision
+from ..networks.precision import AUTOCAST, EAGER_MASKS, full_precision, require_precision
 
 if TYPE_CHECKING:
     from .objectives import Point
@@ -24,19 +26,43 @@ class Derivative(Protocol):
         ...
 
 
+def product(student: MeanVelocity, primals: Tangent, tangent: Tangent) -> Tensor:
+    """The Jacobian-vector product of F in (x_t, t, s), (n, ...), without gradient."""
+    with torch.no_grad():
+        derivative: Tensor = torch.func.jvp(lambda x, t, s: student(x, t, s), primals, tangent)[1]
+    return derivative
+
+
+@functools.cache
+def compiled_product() -> Callable[..., Tensor]:
+    """`product` as one graph: a compiled network inside of a product that is not would run uncompiled, for good."""
+    made: Callable[..., Tensor] = torch.compile(product, options=EAGER_MASKS)
+    return made
+
+
+def is_compiled(student: Any) -> bool:
+    """Whether a student, perhaps with its label given, is a module that `Module.compile` was called on, or has one in it."""
+    while isinstance(student, functools.partial):
+        student = student.func
+    modules = student.modules() if isinstance(student, nn.Module) else ()
+    return any(module._compiled_call_impl is not None for module in modules)
+
+
 @dataclass(frozen=True)
 class Exact:
     """By forward-mode automatic differentiation: one call with dual numbers, about 2 forward passes.
 
     Attention and normalisation of this lab's networks have forward-mode derivatives; of fused attention kernels only the math
-    backend has (networks/attention.py).
+    backend has (networks/attention.py). Where the network is compiled, so is the product.
     """
 
     def __call__(self, student: MeanVelocity, at: "Point", tangent: Tangent, F: Tensor) -> Tensor:
         """See `Derivative`."""
-        with torch.no_grad():
-            derivative: Tensor = torch.func.jvp(lambda x, t, s: student(x, t, s), (at.x_t, at.t, at.s), tangent)[1]
-        return derivative.to(at.x_t.dtype)
+        primals = at.x_t, at.t, at.s
+        if not is_compiled(student):
+            return product(student, primals, tangent).to(at.x_t.dtype)
+        copied = [z.clone() for z in primals]  # torch 2.15 fails to trace a view of a view with a tangent
+        return compiled_product()(student, tuple(copied), tangent).to(at.x_t.dtype)
 
 
 @dataclass(frozen=True)
@@ -59,6 +85,12 @@ class FiniteDifference:
         dx, dt, ds = tangent
         h = torch.where((at.t + self.h * dt > 1) | (at.s + self.h * ds > at.t), -self.h, self.h)
         with torch.no_grad(), full_precision():
-            here = F if AUTOCAST[self.precision] is None else student(at.x_t, at.t, at.s)
+            here = F if AUTOCAST[self.precision] is None else with_masks_kept(student, at)
             moved = student(at.x_t + append_dims(h, at.x_t) * dx, at.t + h * dt, at.s + h * ds)
         return (moved - here).to(at.x_t.dtype) / append_dims(h, at.x_t)
+
+
+def with_masks_kept(student: MeanVelocity, at: "Point") -> Tensor:
+    """F, after which the student's next call drops the same units: a difference of two sub-networks over h would be noise."""
+    with torch.random.fork_rng([at.x_t.device] if at.x_t.is_cuda else []):
+        return student(at.x_t, at.t, at.s)

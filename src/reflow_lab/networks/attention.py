@@ -1,5 +1,9 @@
 """Self-attention as EDM and EDM2 lay it out, through torch's fused kernels."""
 
+import functools
+import warnings
+
+import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,10 +15,26 @@ def in_forward_ad() -> bool:
     return forward_ad._current_level >= 0
 
 
+@torch.compiler.assume_constant_result  # asked while a graph is made, not in it
+def notice_switch(on_gpu: bool) -> None:
+    """Say so if torch would take a fused kernel here: on a GPU, or where the user allows no other."""
+    if on_gpu or not torch.backends.cuda.math_sdp_enabled():  # which is the switch for every device, whatever its name
+        say_switched()
+
+
+@functools.cache
+def say_switched() -> None:
+    """Say, once, what Jacobian-vector products do instead."""
+    warnings.warn(
+        "attention: no fused kernel has a forward derivative; Jacobian-vector products take torch's math kernel", stacklevel=4
+    )
+
+
 def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v, each (n, heads, pixels, d); no fused kernel has a forward derivative."""
     if not in_forward_ad():
         return F.scaled_dot_product_attention(q, k, v)
+    notice_switch(q.is_cuda)
     with sdpa_kernel(SDPBackend.MATH):
         return F.scaled_dot_product_attention(q, k, v)
 

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import require
+from .attention import in_forward_ad
 
 AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16}  #: Lightning's names
+EAGER_MASKS = {"fallback_random": True}  #: options of torch.compile: dropout's masks by the generator that other calls use, too
 
 
 def require_precision(precision: str) -> None:
@@ -50,5 +52,6 @@ class InPrecision(nn.Module):
     ) -> Tensor:
         """See `MeanVelocity`; augmentation labels (n, augment_dim), where given, go to a velocity that takes them."""
         more = {} if augment is None else {"augment": augment}
+        call = self.velocity.forward if in_forward_ad() else self.velocity  # a compiled network has no forward derivative
         with torch.autocast(x_t.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None and _reduced.get()):
-            return self.velocity(x_t, t, s, label=label, lam_guid=lam_guid, **more).to(x_t.dtype)
+            return call(x_t, t, s, label=label, lam_guid=lam_guid, **more).to(x_t.dtype)

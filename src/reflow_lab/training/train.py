@@ -40,7 +40,7 @@ from ..lrn.couplings import (
     shares,
 )
 from ..networks import files
-from ..networks.precision import InPrecision
+from ..networks.precision import EAGER_MASKS, InPrecision
 from . import distil, processes
 from .diagnostics import ByTime, Mix
 from .ema import EMA, Snapshots
@@ -415,7 +415,7 @@ def prepared(network: nn.Module, cfg: DictConfig) -> InPrecision:
     if cfg.training.channels_last:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if cfg.training.compile:
-        network.compile()
+        network.compile(options=EAGER_MASKS if distil.is_asked(cfg) else None)  # its derivative drops the same units
     return InPrecision(network, cfg.precision).train()
 
 
