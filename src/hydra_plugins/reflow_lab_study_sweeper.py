@@ -1,5 +1,6 @@
 """Hands the rows of a study to Hydra's launchers (Hydra discovers plug-ins in the namespace hydra_plugins only)."""
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +44,8 @@ class StudySweeper(Sweeper):
         from reflow_lab.studies import study  # after that, since torch and all else take seconds
 
         jobs = study.jobs(self.config, arguments)
-        words = [[*arguments, f"job=[{number},{seed}]"] for number, _, seed in jobs]
+        begun = time.time()
+        words = [[*arguments, f"job=[{number},{seed},{begun:.3f}]"] for number, _, seed in jobs]
         returns = self.launcher.launch(words, initial_job_idx=0)
         ended = [outcome(name, seed, found) for (_, name, seed), found in zip(jobs, returns, strict=True)]
         return study.finish(self.config, arguments, ended)

@@ -126,6 +126,21 @@ def test_a_failing_row_stops_no_other_and_is_named_at_the_end(toy, run, work):
     assert "wild seed 1" in line and "Not in the table, since they failed: wild seed 0: loss=" in said and "| wild" not in said
 
 
+def test_a_guide_that_fails_is_trained_once(run, work, monkeypatch):
+    """The row that it guides fails with it, at once and untrained; the next study tries again."""
+    rows = [
+        {"name": "weak", "overrides": ["training.lr=1e9", "training.total_kimg=1"]},
+        {"name": "led", "overrides": ["inf/guidance=auto", "inf.guidance.weight=2"], "guide": "weak"},
+    ]
+    write(work, overrides=SHORT, rows=rows, nfe=[1])
+    fit, seen = train.fit, []
+    monkeypatch.setattr(train, "fit", lambda cfg, made: (seen.append(cfg.name), fit(cfg, made)))
+    for _ in range(2):
+        status, _, (line,) = run(f"outputs={work}/own")
+        assert status == 1 and "weak seed 0: loss=" in line and "led seed 0: weak seed 0 failed before: loss=" in line
+    assert seen == ["weak seed 0", "weak seed 0"]
+
+
 @pytest.mark.parametrize("launcher", ["joblib", pytest.param("submitit_local", marks=pytest.mark.slow)])
 def test_any_launcher_runs_the_rows(toy, run, work, launcher):
     """Side by side in processes that share teacher's samples and pairs: the same cells but for their times."""

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from .. import hydra_errors, parts, tracking
+from ..artifacts import write_atomically
 from ..errors import JobsFailed, UserError, require
 from ..evaluation import evaluate, targets
 from ..inf import guidance
@@ -29,6 +30,7 @@ from .description import LINKS, Row, Study, chosen, load
 from .figure import draw_samples
 from .request import asked, key, merged, own_overrides
 
+FAILED = ".failed"  #: in a run's folder: why its training failed last
 SHARED_KEYS = ("data", "teacher", "evaluation", "precision")  #: without which numbers of two rows do not compare
 
 
@@ -189,13 +191,13 @@ def jobs(cfg: DictConfig, given: Sequence[str]) -> list[Job]:
 
 def study(cfg: DictConfig) -> list[dict[str, Any]]:
     """One job of a study: train a row with one seed, and measure it; returns its cells, one a number of steps."""
-    number, seed = cfg.job
+    number, seed, begun = cfg.job
     described = load(cfg.study)
     plans = plan(described, [described.rows[number].name], [seed], own_overrides(HydraConfig.get().overrides.task))
     runs: dict[str, Path] = {}
     for planned in plans:
         with making(planned, described):
-            runs[planned.row.name] = trained(planned, runs)
+            runs[planned.row.name] = trained_once(planned, runs, begun)
     last = plans[-1]
     with making(last, described):
         cells = measured(last, runs)
@@ -212,6 +214,24 @@ def experiment(row: Row, study: Study) -> str:
     """The experiment that a row is, by the words of the study, the command line and its own."""
     words = merged(study.overrides, own_overrides(HydraConfig.get().overrides.task), row.overrides)
     return next((word.partition("=")[2] for word in words if key(word) == "experiment"), "")
+
+
+def trained_once(planned: Planned, runs: dict[str, Path], begun: float) -> Path:
+    """The run of a row; one whose training failed since the study began, for whichever row, is not tried again in it.
+
+    So a guide or teacher that fails is trained by one job, and fails the others that need it at once.
+    """
+    note = train.plan(linked(planned, runs)).folder / FAILED
+    if note.exists() and note.stat().st_mtime >= begun:
+        raise UserError(f"{planned.row.name} seed {planned.seed} failed before: {note.read_text()}")
+    note.unlink(missing_ok=True)
+    try:
+        return trained(planned, runs)
+    except Exception as error:
+        line = hydra_errors.explain(error) or f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if note.parent.is_dir():  # else it failed before there was any work
+            write_atomically(note, lambda path: path.write_text(line))
+        raise
 
 
 def trained(planned: Planned, runs: dict[str, Path]) -> Path:
