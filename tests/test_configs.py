@@ -46,8 +46,8 @@ def job_config(verb, *overrides):
 
 
 def overrides_for(group, member):
-    """The member, and the one it needs beside it: points go with the MLP, images with a U-Net."""
-    beside = []
+    """The member, and the one it needs beside it: points go with the MLP, images with a U-Net, parts of a flow map with one."""
+    beside = ["flow_map=ayf"] if group.startswith("flow_map/") else []
     if group == "data" and "\ndim:" in text(group, member):
         beside = ["net=mlp"]
     if group == "net" and "${data.dim}" in text(group, member):
@@ -86,7 +86,7 @@ def test_the_search_found_the_groups():
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_every_group(verb):
     """All verbs share one schema: `group=member` is understood everywhere, without a plus sign."""
-    assert set(composed(verb).hydra.runtime.choices) >= {group for group, _ in MEMBERS}
+    assert set(composed(verb, "flow_map=ayf").hydra.runtime.choices) >= {group for group, _ in MEMBERS}
 
 
 @pytest.mark.parametrize("verb", VERBS)
