@@ -65,7 +65,8 @@ def make(args: Any, found: Files, read: Read) -> str:
     made.require_recipe()
     if not made.is_done():
         with made.locked(), full_disk(made.folder):
-            fill(made, args, found, read, model.to("cuda" if torch.cuda.is_available() else "cpu"))
+            if not made.is_done():  # by another process, for which we waited
+                fill(made, args, found, read, model.to("cuda" if torch.cuda.is_available() else "cpu"))
     return words(made)
 
 
