@@ -6,9 +6,12 @@ SEEDS ?= 3
 SEED ?= 10
 DATA ?=
 STUDIES := $(patsubst experiments/simple_reflow/%.yaml,%,$(wildcard experiments/simple_reflow/*.yaml))
+AYF := $(patsubst experiments/align_your_flow/%.yaml,%,$(wildcard experiments/align_your_flow/*.yaml))
+MEASURED = scale=$(SCALE) seeds=$(SEEDS) seed=$(SEED) $(if $(DATA),experiment=$(DATA)) $(WITH)
+WHERE = $(if $(DATA),-$(DATA))$(if $(filter-out mini,$(SCALE)),-$(SCALE))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint type report tables $(STUDIES:%=table-%) bench clean
+.PHONY: help install demo test test-all lint type report tables $(STUDIES:%=table-%) $(AYF:%=table-ayf_%) bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -34,8 +37,11 @@ type: ## static types
 
 # one target a study of experiments/simple_reflow, e.g. make table-ladder DATA=cifar10 SCALE=h100_30min WITH="teacher.path=base.safetensors"
 $(STUDIES:%=table-%): table-%:
-	$(LAB) study study=simple_reflow/$* scale=$(SCALE) seeds=$(SEEDS) seed=$(SEED) $(if $(DATA),experiment=$(DATA)) $(WITH) \
-	    out=experiments/results/$*$(if $(DATA),-$(DATA))$(if $(filter-out mini,$(SCALE)),-$(SCALE))
+	$(LAB) study study=simple_reflow/$* $(MEASURED) out=experiments/results/$*$(WHERE)
+
+# and of experiments/align_your_flow, e.g. make table-ayf_headline
+$(AYF:%=table-ayf_%): table-ayf_%:
+	$(LAB) study study=align_your_flow/$* $(MEASURED) out=experiments/results/ayf_$*$(WHERE)
 
 tables: ## all results of studies on one page, experiments/README.md; make table-NAME runs a study
 	$(LAB) tables

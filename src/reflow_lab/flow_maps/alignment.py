@@ -1,48 +1,48 @@
-"""The first phase of distillation: the time embedding of a flow map, which takes t itself, learns its teacher's of ln(sigma)."""
+"""The first phase of distillation: the time embedding of a flow map, which takes t itself, learns to stand for its teacher's."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..networks.embedding import TimeEmbedder
 from ..noise import uniform
 
 BATCH = 512  #: times a step, half of them uniform, half with uniform ln(sigma) in ln 0.002 to ln 80
 
 
 def align(network: nn.Module, teacher: nn.Module, num_steps: int, seed: int, lr: float = 1e-3) -> list[float]:
-    """Fit `network.jump.time` so that the first layer after the features of time gets from it what it gets in the teacher.
+    """Fit the flow map's `jump.time` so that the first layer after the features of time gets from it what it gets in the teacher.
 
-    Both are raw networks of EDM's kind with equal weights elsewhere; nothing else of the network changes. Returns the relative
-    mean square error before and after each tenth of the steps; with one that has no other time to learn, an empty list.
+    Both are raw networks with equal weights elsewhere; nothing else of the network changes. Returns the relative mean square
+    error before and after each tenth of the steps.
     """
-    time = getattr(getattr(network, "jump", None), "time", None)
-    if time is None:
-        return []
-    first = first_layer(teacher)
-    target: Callable[[Tensor], Tensor] = lambda t: first(teacher.time_features(t))  # type: ignore[operator]  # noqa: E731
+    told, jump = embedder(teacher), embedder(network).jump
+    assert jump is not None, "a velocity has no time embedding to align"
+    time = jump.time
+    wanted: Callable[[Tensor], Tensor] = lambda t: told.first(told.time_features(t)).detach()  # noqa: E731
+    given: Callable[[Tensor], Tensor] = lambda t: told.first(time(t))  # noqa: E731
     optimizer = torch.optim.Adam(time.parameters(), lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, num_steps))
-    errors = [relative_error(first, time, target, seed, num_steps)]
+    errors = [relative_error(given, wanted, times(seed, num_steps))]
     for step in range(num_steps):
-        with torch.enable_grad():
-            t = times(seed, step)
-            loss = (first(time(t)) - target(t).detach()).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
+        t = times(seed, step)
+        loss = (given(t) - wanted(t)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         if (step + 1) * 10 % num_steps < 10:
-            errors.append(relative_error(first, time, target, seed, num_steps))
-    network.zero_grad()
+            errors.append(relative_error(given, wanted, times(seed, num_steps)))
     return errors
 
 
-def first_layer(network: nn.Module) -> Any:
-    """The layer of a network of EDM's kind that takes the features of time."""
-    return network.map_layer0 if hasattr(network, "map_layer0") else network.emb_noise
+def embedder(network: nn.Module) -> TimeEmbedder:
+    """The part of a network that knows time: itself, or its `conditioning`."""
+    found: Any = getattr(network, "conditioning", network)
+    return cast(TimeEmbedder, found)
 
 
 def times(seed: int, step: int) -> Tensor:
@@ -53,8 +53,7 @@ def times(seed: int, step: int) -> Tensor:
 
 
 @torch.no_grad()
-def relative_error(first: Any, time: nn.Module, target: Callable[[Tensor], Tensor], seed: int, step: int) -> float:
-    """The mean square of what is missing over that of what is wanted, at times that no step sees."""
-    t = times(seed, step)
-    wanted = target(t)
-    return ((first(time(t)) - wanted).square().mean() / wanted.square().mean()).item()
+def relative_error(given: Callable[[Tensor], Tensor], wanted: Callable[[Tensor], Tensor], t: Tensor) -> float:
+    """The mean square of what is missing over that of what is wanted."""
+    target = wanted(t)
+    return ((given(t) - target).square().mean() / target.square().mean()).item()

@@ -40,7 +40,7 @@ class ADM(EDMUNet):
         self.map_layer1 = nn.Linear(4 * channels, 4 * channels)
         self.map_label = nn.Linear(num_classes, 4 * channels, bias=False) if num_classes else None
         initialise(self)
-        self.jump = Jump(channels, replaces_time=True) if jumps else None
+        self.jump = Jump(channels) if jumps else None
 
     def embed(self, features: Tensor, label: Tensor | None, augment: Tensor | None) -> Tensor:
         """The embedding (n, 4 channels)."""

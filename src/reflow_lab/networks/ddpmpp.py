@@ -46,7 +46,7 @@ class DDPMpp(EDMUNet):
         self.map_layer0 = nn.Linear(dim, 4 * channels)
         self.map_layer1 = nn.Linear(4 * channels, 4 * channels)
         initialise(self)
-        self.jump = Jump(dim, replaces_time=True) if jumps else None
+        self.jump = Jump(dim) if jumps else None
 
     def noise_features(self, channels: int) -> PositionalNoise | FourierNoise:
         """What the noise label becomes first."""

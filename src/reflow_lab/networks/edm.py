@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..errors import require
 from .attention import attend, in_forward_ad, split_heads
-from .embedding import Aim, Jump, features_of_time
+from .embedding import Aim, Jump, c_noise, features_of_time
 from .skeleton import Skeleton, Stage, resample
 
 
@@ -119,7 +119,12 @@ class EDMUNet(nn.Module):
 
     def time_features(self, t: Tensor, aim: Aim | None = None) -> Tensor:
         """The features of time (n, dim)."""
-        return features_of_time(self.map_noise, self.jump, t, aim).to(self.map_layer0.weight.dtype)
+        return features_of_time(lambda t: self.map_noise(c_noise(t)), self.jump, t, aim).to(self.map_layer0.weight.dtype)
+
+    def first(self, features: Tensor) -> Tensor:
+        """What the first layer after them makes of the features of time."""
+        made: Tensor = self.map_layer0(features)
+        return made
 
     def embed(self, features: Tensor, label: Tensor | None, augment: Tensor | None) -> Tensor:
         """The embedding (n, embedding_dim) of time, by its features, and labels."""

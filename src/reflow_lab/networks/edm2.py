@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import attend, in_forward_ad, split_heads
-from .embedding import Aim, Jump, features_of_time, one_hot
+from .embedding import Aim, Jump, c_noise, features_of_time, one_hot
 from .skeleton import Skeleton, Stage, resample
 
 HEAD_DIM = 64  #: channels a head
@@ -149,7 +149,7 @@ class EDM2(nn.Module):
         self.joins = [stage.joins for stage in decoder]
         self.out_gain = nn.Parameter(torch.zeros([]))
         self.out_conv = MPConv(widths[0], in_channels, 3, 3)
-        self.jump = Jump(widths[0], replaces_time=True) if jumps else None
+        self.jump = Jump(widths[0]) if jumps else None
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None, aim: Aim | None = None) -> Tensor:
         """F(x, t, label): x (n, c, h, w), t (n,), label (n,) or None; aim for a flow map."""
@@ -168,7 +168,12 @@ class EDM2(nn.Module):
 
     def time_features(self, t: Tensor, aim: Aim | None = None) -> Tensor:
         """The features of time (n, channels)."""
-        return features_of_time(self.emb_fourier, self.jump, t, aim).to(self.emb_noise.weight.dtype)
+        return features_of_time(lambda t: self.emb_fourier(c_noise(t)), self.jump, t, aim).to(self.emb_noise.weight.dtype)
+
+    def first(self, features: Tensor) -> Tensor:
+        """What the first layer after them makes of the features of time."""
+        made: Tensor = self.emb_noise(features)
+        return made
 
     def embed(self, features: Tensor, label: Tensor | None) -> Tensor:
         """The embedding (n, dim) of time, by its features, and label."""

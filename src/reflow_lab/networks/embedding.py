@@ -1,6 +1,7 @@
 """Embeddings of time and class label."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -38,15 +39,16 @@ class Aim(NamedTuple):
 class Jump(nn.Module):
     """Where a flow map starts and arrives, and the guidance of its teacher (Align Your Flow), as features (n, dim).
 
-    t goes in as it is: the derivative of ln(sigma) in t is infinite at both ends. With `replaces_time` they stand for those
-    of the noise level, with which `time` has yet to be aligned (flow_maps/alignment.py); else they are added to a time's.
-    What s and lam_guid contribute starts at zero: a fresh flow map is the velocity that it is made from, whatever s.
+    They stand where a velocity has its own features of time. Those have large derivatives in t, that of ln(sigma) infinite ones
+    at both ends, and a flow map learns from its derivative: here t goes in as it is, at low frequencies, and `time` is first
+    aligned with what it replaces (flow_maps/alignment.py). What s and lam_guid contribute starts at zero: a fresh flow map is the
+    velocity that it is made from, whatever s.
     """
 
-    def __init__(self, dim: int, replaces_time: bool) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.features = FourierTime(64, max_frequency=4.0)
-        self.time = mlp(FourierTime(128, max_frequency=16.0), 128, dim) if replaces_time else None
+        self.features = FourierTime(64, max_frequency=2.0)
+        self.time = mlp(FourierTime(64, max_frequency=2.0), 64, dim)
         self.aim = mlp(nn.Identity(), 3 * 64, dim)
         nn.init.zeros_(self.aim[-1].weight)
         nn.init.zeros_(self.aim[-1].bias)
@@ -54,21 +56,35 @@ class Jump(nn.Module):
     def forward(self, t: Tensor, aim: Aim) -> Tensor:
         """The features (n, dim), float32."""
         told = self.aim(torch.cat([self.features(z) for z in (aim.s, t - aim.s, aim.lam_guid / 4)], dim=1))
-        return told if self.time is None else self.time(t) + told
+        return self.time(t) + told
 
 
-def features_of_time(map_noise: nn.Module, jump: Jump | None, t: Tensor, aim: Aim | None) -> Tensor:
-    """What a network of EDM's kind embeds: the features of its noise level, or those of a flow map's jump in their place."""
+def features_of_time(own: Callable[[Tensor], Tensor], jump: Jump | None, t: Tensor, aim: Aim | None) -> Tensor:
+    """A velocity's own features of time, or those of a flow map's jump in their place."""
     if jump is None:
-        features: Tensor = map_noise(c_noise(t))
-        return features
+        return own(t)
     assert aim is not None, "a flow map wants to know where to arrive"
-    return jump(t, aim)
+    features: Tensor = jump(t, aim)
+    return features
 
 
 def mlp(features: nn.Module, width: int, dim: int) -> nn.Sequential:
     """Features (n, width), one hidden layer, (n, dim)."""
     return nn.Sequential(features, nn.Linear(width, 256), nn.SiLU(), nn.Linear(256, dim))
+
+
+class TimeEmbedder(Protocol):
+    """The part of a network that knows time: features of it, and the layer that takes them."""
+
+    jump: Jump | None  #: of a flow map
+
+    def time_features(self, t: Tensor, aim: Aim | None = None) -> Tensor:
+        """The features of time (n, dim)."""
+        ...
+
+    def first(self, features: Tensor) -> Tensor:
+        """What the first layer after the features makes of them, without a label."""
+        ...
 
 
 class Conditioning(nn.Module):
@@ -78,14 +94,19 @@ class Conditioning(nn.Module):
         super().__init__()
         self.time = nn.Sequential(FourierTime(dim, max_frequency), nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.label = nn.Embedding(num_classes, dim) if num_classes else None
-        self.jump = Jump(dim, replaces_time=False) if jumps else None
+        self.jump = Jump(dim) if jumps else None
+
+    def time_features(self, t: Tensor, aim: Aim | None = None) -> Tensor:
+        """What stands for time (n, dim)."""
+        return features_of_time(self.time, self.jump, t, aim)
+
+    def first(self, features: Tensor) -> Tensor:
+        """They are used as they are."""
+        return features
 
     def forward(self, t: Tensor, label: Tensor | None, aim: Aim | None = None) -> Tensor:
         """The embedding (n, dim); NO_LABEL adds nothing to that of time."""
-        embedding = self.time(t)
-        if self.jump is not None:
-            assert aim is not None, "a flow map wants to know where to arrive"
-            embedding = embedding + self.jump(t, aim)
+        embedding = self.time_features(t, aim)
         if self.label is None:
             return embedding
         assert label is not None, "a conditional network wants labels"

@@ -11,8 +11,8 @@ from ..errors import UserError, require
 from ..paths import experiments_dirs
 
 Paper = dict[str, dict[str, Any]]  #: data set -> value and its source, a tag of where the number was read
-OPTIONAL = ("against", "teacher", "start", "guide", "paper")  #: keys of a row beside name and overrides
-LINKS = ("teacher", "start", "guide")  #: that name an earlier row, whose run of the same seed is used
+OPTIONAL = ("against", "teacher", "start", "weak", "guide", "paper")  #: keys of a row beside name and overrides
+LINKS = ("teacher", "start", "weak", "guide")  #: that name an earlier row, whose run of the same seed is used
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,9 @@ class Row:
 
     `teacher` names an earlier row, whose run (of the same seed) makes this one's pairs and starts it: k-fold ReFlow. Without it
     the study's teacher does. All rows are measured against the study's teacher. `start` names an earlier row from whose run
-    training starts, whoever teaches: a second stage. `guide` names an earlier row whose run is the weaker velocity of
-    autoguidance. `paper` is the paper's number by data set.
+    training starts, whoever teaches: a second stage. `weak` and `guide` name an earlier row whose run is the weaker velocity of
+    autoguidance: that of the teacher from whom a flow map learns, and that of the row's own samples. `paper` is the paper's
+    number by data set.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Row:
     against: str | None = None
     teacher: str | None = None
     start: str | None = None
+    weak: str | None = None
     guide: str | None = None
     paper: Paper = field(default_factory=dict, hash=False)
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from .. import hydra_errors, parts, tracking
@@ -115,16 +115,21 @@ def needed(study: Study, names: Iterable[str]) -> list[str]:
 
 def sources(row: Row) -> list[str]:
     """The rows whose runs its training takes."""
-    return [name for name in (row.teacher, row.start) if name is not None]
+    return [name for name in (row.teacher, row.start, row.weak) if name is not None]
 
 
 def linked(planned: Planned, runs: Mapping[str, Path]) -> DictConfig:
-    """The configuration to train, with the runs of the rows that teach it and that it starts from."""
+    """The configuration to train, with the runs of the rows that teach it, its weak teacher, and that it starts from."""
     changed, row = copy.deepcopy(planned.training), planned.row
     if row.teacher is not None:
         changed.teacher.path, changed.teacher.profile = str(runs[row.teacher]), None
     if row.start is not None:
         changed.training.start = str(runs[row.start])
+    if row.weak is not None:
+        how = OmegaConf.select(changed, "flow_map.guidance.how")
+        takes = how is not None and "path" in how
+        require(takes, "flow_map/guidance", how and how.get("_target_"), f"{row.name}: a row with a weak teacher wants auto")
+        changed.flow_map.guidance.how.path = str(runs[row.weak])
     return changed
 
 

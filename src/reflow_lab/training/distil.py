@@ -125,8 +125,5 @@ def aligned(cfg: DictConfig, network: nn.Module, start: Path | None, folder: Pat
         return
     inner, before = (getattr(net, "network", net) for net in (network, files.load(start)))
     errors = align(inner, before, cfg.flow_map.align_steps, cfg.seed)
-    if errors:
-        write_json(folder / "align.json", {"relative_error": errors})
-        print(f"time embedding aligned with the teacher's: relative error {errors[0]:.2g}, now {errors[-1]:.2g}")
-    elif cfg.flow_map.align_steps:
-        print("time embedding: this network's teacher takes t itself, there is nothing to align")
+    write_json(folder / "align.json", {"relative_error": errors})
+    print(f"time embedding aligned with the teacher's: relative error {errors[0]:.2g}, now {errors[-1]:.2g}")

@@ -36,7 +36,8 @@ def by_jump(module: FlowModule, batch: Batch, lengths: Sequence[float]) -> dict[
     The warm-up is as it stands, and the flow map is told the weakest guidance that it is trained for.
     """
     assert isinstance(module.objective, Distillation)
-    found, (low, _) = {}, module.objective.lam_guid
+    found: dict[str, float] = {}
+    low = module.objective.lam_guid[0]
     for length in lengths:
         t, s, lam_guid = (batch.x0.new_full((len(batch.x0),), z) for z in ((1 + length) / 2, (1 - length) / 2, low))
         with torch.no_grad():
