@@ -2,6 +2,10 @@ import subprocess
 import sys
 
 import pytest
+from omegaconf import OmegaConf
+
+from reflow_lab.studies.description import Study
+from reflow_lab.studies.request import place
 
 
 @pytest.mark.parametrize(
@@ -18,3 +22,18 @@ def test_a_mistake_is_answered_without_torch(tmp_path, words, says):
     code = f"import sys; from reflow_lab.cli import main; print(main(['study', *{words}]), 'torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert found.stdout == "2 False\n" and says in found.stderr and found.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([], "outputs/group/mine"),
+        (["experiment=quickstart", "seeds=3", "data.path=x"], "outputs/group/mine"),
+        (["experiment=cifar10", "scale=mini"], "outputs/group/mine-cifar10"),
+        (["experiment=toy", "data=two_moons"], "outputs/group/mine-toy-two_moons"),
+    ],
+)
+def test_tables_on_other_data_do_not_replace_each_other(given, expected):
+    study, cfg = Study("", ("experiment=quickstart",), (), (), name="group/mine"), {"outputs": "outputs", "out": None}
+    assert str(place(OmegaConf.create(cfg), study, given)) == expected
+    assert str(place(OmegaConf.create(cfg | {"out": "here"}), study, given)) == "here"

@@ -52,7 +52,7 @@ def run(toy, work, capsys):
     return run
 
 
-def cells(folder="outputs/ladder"):
+def cells(folder):
     return json.loads((Path(folder) / "table.json").read_text())["cells"]
 
 
@@ -296,8 +296,8 @@ def test_a_study_may_train_its_own_teacher(toy, run, work):
     base = ["teacher=none", "training.start=scratch", "lrn/coupling=independent"]
     rows = [{"name": "base", "overrides": base}, {"name": "reflow", "overrides": ["teacher=none"], "teacher": "base"}]
     write(work, overrides=SHORT, rows=rows, nfe=[2])
-    status = cli.main(["study", "study=ladder", *toy.overrides, "outputs=outputs"])
-    assert status == 0 and set(cells()[0]["intervals"]) == {"fd_points"}
+    status = cli.main(["study", "study=ladder", *toy.overrides, "outputs=outputs", "out=here"])
+    assert status == 0 and set(cells("here")[0]["intervals"]) == {"fd_points"}
 
 
 def test_a_row_that_its_teachers_network_does_not_fit_is_found_before_any_training(run, work, forbid_training):
@@ -443,8 +443,8 @@ def test_a_row_may_have_the_network_of_the_row_that_teaches_it(toy, run, work):
     wide = ["net.network.width=48", "training.start=scratch"]
     rows = [{"name": "wide", "overrides": wide}, *({"name": n, "overrides": ["net=teacher"], "teacher": t} for n, t in AFTER)]
     write(work, overrides=SHORT, rows=rows, nfe=[1])
-    words = [word for word in toy.words("outputs=outputs") if not word.startswith("net")]
+    words = [word for word in toy.words("outputs=outputs", "out=here") if not word.startswith("net")]
     assert cli.main(["study", "study=ladder", *words]) == 0
-    runs = [files.find(cell["run"]) for cell in cells()]
+    runs = [files.find(cell["run"]) for cell in cells("here")]
     assert [files.describe(path)["net"]["network"]["width"] for path in runs] == [48, 48, 48]
     assert len({*runs}) == 3

@@ -11,6 +11,7 @@ from . import results
 from .description import Study, chosen, load
 
 OWN_KEYS = ("study", "rows", "seeds", "out", "seed", "job")  #: said of the study, not of its rows
+DATA_KEYS = ("experiment", "data")  #: that say what a study is about
 OWN_GROUPS = ("hydra", "launcher")  #: likewise, with all below them
 
 
@@ -28,8 +29,19 @@ def asked(cfg: DictConfig, given: Sequence[str]) -> Asked:
     require(isinstance(cfg.seeds, int) and cfg.seeds >= 1, "seeds", cfg.seeds, "must be a whole number of at least 1")
     described, own = load(cfg.study), own_overrides(given)
     names = [row.name for row in chosen(described, cfg.rows).rows]
-    results.require_whole(Path(cfg.out))
+    results.require_whole(place(cfg, described, given))
     return Asked(described, names, range(cfg.seed, cfg.seed + cfg.seeds), own)
+
+
+def place(cfg: DictConfig, study: Study, given: Sequence[str]) -> Path:
+    """`out`; by default outputs/STUDY, with the experiment and data behind it that the command line names and the study does not.
+
+    So tables on other data do not replace each other.
+    """
+    if cfg.out is not None:
+        return Path(cfg.out)
+    others = [word.partition("=")[2] for word in given if key(word) in DATA_KEYS and word not in study.overrides]
+    return Path(cfg.outputs) / "-".join([study.name, *others])
 
 
 def merged(*groups: Sequence[str]) -> list[str]:

@@ -28,7 +28,7 @@ from ..training import train
 from . import estimates, results, table, traces
 from .description import LINKS, Row, Study, chosen, load
 from .figure import draw_samples
-from .request import asked, key, merged, own_overrides
+from .request import asked, key, merged, own_overrides, place
 
 FAILED = ".failed"  #: in a run's folder: why its training failed last
 SHARED_KEYS = ("data", "teacher", "evaluation", "precision")  #: without which numbers of two rows do not compare
@@ -282,7 +282,7 @@ def write(
     first = [cell for cell in cells if cell["seed"] == cfg.seed]
     result = estimates.build(shown, cells, data_set(shown, own), given)
     result["failed"] = [{"name": outcome.row, "seed": outcome.seed, "error": outcome.error} for outcome in failed]
-    out = results.place(Path(cfg.out), result)
+    out = results.place(place(cfg, whole, given), result)
     out.mkdir(parents=True, exist_ok=True)
     sealed = results.write(out, result)
     text = table.write(out, result)
