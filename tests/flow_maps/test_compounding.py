@@ -1,10 +1,12 @@
 """The theorem's table, from the recursion and from the sampler, and its files."""
 
 import pytest
+from matplotlib.figure import Figure
 
 from reflow_lab.artifacts import read_json
 from reflow_lab.flow_maps import compounding
-from reflow_lab.flow_maps.compounding import DIM, ROWS, consistency_w2, delta, eta, flow_map_w2, measured_w2
+from reflow_lab.flow_maps.compounding import DIM, ROWS, consistency_w2, delta, draw_trained, eta, flow_map_w2, measured_w2
+from reflow_lab.studies import results
 
 STEPS = (1, 2, 3, 4, 8, 16, 64, 256)
 CONSISTENCY = (0.02500, 0.02296, 0.02586, 0.02850, 0.03736, 0.05131, 0.10724, 0.25590)
@@ -56,13 +58,41 @@ def test_fewer_samples_agree_over_many_steps():
     require_sampled(256, rows=100, dim=200)
 
 
-def test_the_table_and_its_picture(tmp_path, monkeypatch):
+def trained(tmp_path, seeds):
+    """The result of a study of one row."""
+    cells = [
+        {"name": "flow map", "protocol": {"nfe": nfe}, "seed": seed, "fd_points": 0.01 * (1 + seed) / nfe, "floor": 1e-4}
+        for nfe in (1, 4)
+        for seed in seeds
+    ]
+    cells = [{**cell, "num_images": 100} for cell in cells]
+    rows = [{"name": "flow map"}]
+    results.write(tmp_path, {"distance": "fd_points", "nfe": [1, 4], "seeds": seeds, "rows": rows, "cells": cells})
+
+
+@pytest.mark.parametrize("seeds", [None, [0], [0, 1, 2]])
+def test_the_table_and_its_picture(tmp_path, monkeypatch, seeds):
     monkeypatch.setattr(compounding, "STEPS", (1, 4))
     monkeypatch.setattr(compounding, "ROWS", 10)
+    if seeds:
+        trained(tmp_path, seeds)
     compounding.main([str(tmp_path)])
     written = read_json(tmp_path / "theorem.json")
-    assert [row["steps"] for row in written["rows"]] == [1, 4]
+    assert written["samples"] == 10_000 and [row["steps"] for row in written["rows"]] == [1, 4]
     assert written["rows"][1]["consistency"]["recursion"] == consistency_w2(0.5, 4, eta)
     text = (tmp_path / "theorem.md").read_text()
     assert "| 4 | 0.02850 |" in text and "| 0.02547 |" in text
-    assert (tmp_path / "over_k.png").read_bytes().startswith(b"\x89PNG")
+    width = int.from_bytes((tmp_path / "over_k.png").read_bytes()[16:20])
+    assert width == (1560 if seeds else 780)  # two panels or one
+
+
+def test_trained_models_are_shown_by_the_root_of_their_distance(monkeypatch):
+    """Mean and interval over seeds of W2 itself, not the root of the mean."""
+    axes, shown = Figure().subplots(), {}
+    monkeypatch.setattr(axes, "errorbar", lambda x, y, errors, **_: shown.update(x=x, y=y, errors=errors))
+    cells = [
+        {"name": "a", "protocol": {"nfe": 1}, "seed": s, "d": v, "floor": 1e-4, "num_images": 9} for s, v in ((0, 1.0), (1, 9.0))
+    ]
+    draw_trained(axes, {"distance": "d", "nfe": [1], "seeds": [0, 1], "rows": [{"name": "a"}], "cells": cells})
+    assert (shown["x"], shown["y"]) == ([1], [2.0])
+    assert shown["errors"] == pytest.approx([12.7062], rel=1e-4)  # t(0.975, 1) of a standard error of 1

@@ -111,7 +111,9 @@ def test_the_flow_map_is_asked_once_a_step_with_label_guidance_and_aim() -> None
 
     class Asked:
         def __call__(self, x_t: Tensor, t: Tensor, s: Tensor | None = None, **more: Tensor | None) -> Tensor:
-            asked.append((t[0].item(), s[0].item(), more["lam_guid"].item(), more["label"].tolist()))
+            label, lam_guid = more["label"], more["lam_guid"]
+            assert s is not None and label is not None and lam_guid is not None
+            asked.append((t[0].item(), s[0].item(), lam_guid.item(), label.tolist()))
             return DATA(x_t, t, s)
 
     counted = CountCalls(Asked())

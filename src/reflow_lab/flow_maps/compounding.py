@@ -32,6 +32,7 @@ Error = Callable[[float, float], float]  #: relative error of a jump from t to s
 
 STD = 0.5  #: c
 STEPS = (1, 2, 3, 4, 8, 16, 64, 256)
+TICKS = (1, 2, 4, 8, 16, 64, 256)  #: of the picture
 ROWS, DIM = 1000, 1000  #: of the samples sent through the sampler: every coordinate is one
 
 
@@ -154,14 +155,13 @@ def plot(about: dict[str, Any], trained: results.Result | None, path: Path) -> N
     panels = 1 if trained is None else 2
     figure = Figure(figsize=(5.2 * panels, 4.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    first, *others = figure.subplots(1, panels, squeeze=False)[0]
-    draw_theorem(first, about)
-    for axes in others:
-        draw_trained(axes, trained)
-    for axes in (first, *others):
-        steps = [row["steps"] for row in about["rows"] if row["steps"] != 3]
+    left, *right = figure.subplots(1, panels, squeeze=False)[0]
+    draw_theorem(left, about)
+    if trained is not None:
+        draw_trained(right[0], trained)
+    for axes in (left, *right):
         axes.set(xscale="log", yscale="log", xlabel="steps K", ylabel="W2 to the data")
-        axes.set_xticks(steps, list(map(str, steps)))
+        axes.set_xticks(TICKS, list(map(str, TICKS)))
         axes.minorticks_off()
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
