@@ -253,6 +253,26 @@ def test_a_row_may_start_from_an_earlier_one_and_keep_its_teacher(toy, run, work
     assert [cell["run"] for cell in cells("alone")] == [str(runs["second", 0])]
 
 
+DISTILLED = ["training=flow_map", "lrn=flow_map", "inf=flow_map", "training.total_kimg=0.512", "training.batch_size=128"]
+FLOW_MAPS = [
+    {"name": "weak", "overrides": []},
+    {"name": "plain", "overrides": [*DISTILLED, "flow_map=ayf"]},
+    {"name": "led", "overrides": [*DISTILLED, "flow_map=ayf", "flow_map/guidance=auto"], "weak": "weak", "against": "plain"},
+]
+
+
+def test_flow_maps_are_rows_and_a_weak_teacher_may_be_one(toy, run, work):
+    short = ["training.num_heldout=16", "budget.flow_map.warmup_steps=2"]
+    write(work, overrides=[*SHORT, *short], rows=FLOW_MAPS, nfe=[1, 2])
+    assert run("out=here")[0] == 0
+    runs = {cell["name"]: Path(cell["run"]) for cell in cells("here")}
+    about = {name: json.loads((path / "recipe.json").read_text()) for name, path in runs.items()}
+    assert about["plain"]["inputs"]["guidance"] is None
+    assert about["led"]["inputs"]["guidance"]["guide"] == files.weights_hash(files.find(runs["weak"]))
+    assert about["led"]["config"]["flow_map"]["guidance"] == [1.0, 3.0]
+    assert {cell["sampler"] for cell in cells("here") if cell["name"] == "led"} == {"FlowMap(gamma=0.0, lam_guid=1.0) on Uniform"}
+
+
 def test_a_part_of_a_table_does_not_replace_the_whole(toy, run, work):
     write(work, overrides=SHORT)
     run("out=here")
