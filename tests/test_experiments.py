@@ -13,6 +13,7 @@ from PIL import Image
 from reflow_lab import parts
 from reflow_lab.evaluation import evaluate
 from reflow_lab.lrn import pairs
+from reflow_lab.networks import files
 from reflow_lab.paths import conf_dir, experiments_dirs
 from reflow_lab.studies import description, study
 from reflow_lab.training import train
@@ -46,11 +47,21 @@ def needed(toy, tmp_path_factory):
             return [f"data.path={folder}", "data.channels=1", "teacher.path=package:fashion_mnist.safetensors"]
         if name.startswith("custom"):
             return [f"data.path={folder}"]
-        if name in FOREIGN:
+        if name.removesuffix("_flow_map") in FOREIGN:
             return ["teacher.path=none.safetensors"]
-        return [f"teacher.path={toy.teacher}", "net.network.width=32"] if name == "toy" else []
+        taught = name in ("toy", "toy_flow_map", "toy_adversarial")
+        return [f"teacher.path={toy.teacher}", "net.network.width=32"] if taught else []
+
+    def flow_map(name):
+        """A flow map to start from, of which a check reads the description alone."""
+        path, cfg = folder / f"{name}.safetensors", compose("train", [f"experiment={name}", *needed(name)])
+        parts.settle_net(cfg)
+        files.save(torch.nn.Identity(), path, train.description(cfg))
+        return path
 
     def both(name):
+        if name.endswith("adversarial"):
+            return [*needed(name), f"training.start={flow_map(name.replace('adversarial', 'flow_map'))}"]
         return [*needed(name), *([f"data.path={folder}", "teacher=none"] if name == "custom" else [])]
 
     return both
@@ -87,11 +98,21 @@ def test_all_rows_could_be_trained_and_measured(hydra, name, scale):
             assert instantiate(node) is not None
 
 
+def recipe(planned):
+    """What tells a row's run from another's of the same start, which may not be there yet."""
+    cfg = planned.training
+    return (
+        str((parts.plain(cfg.training), parts.plain(cfg.flow_map)))
+        if planned.row.start or planned.row.weak
+        else train.plan(cfg).key
+    )
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_of_a_study_differ_and_compare(hydra, name):
     _, plans = planned(name)
     study.require_comparable(plans)
-    results = {(p.row.teacher, train.plan(p.training).key, str(parts.plain(p.training.inf))) for p in plans}
+    results = {(p.row.teacher, p.row.start, p.row.weak, recipe(p), str(parts.plain(p.training.inf))) for p in plans}
     assert len(results) == len(plans)
 
 
@@ -126,10 +147,11 @@ def test_an_experiment_has_every_scale(hydra, needed, name, scale):
     """Its stage takes the budget; half an hour of a GPU is for at most 28M parameters."""
     cfg = compose("train", [f"experiment={name}", f"scale={scale}", *needed(name)])
     parts.check(cfg)
-    stage = dict(cfg.budget.base if "base" in name else cfg.budget.reflow)
+    stage = dict(cfg.budget["base" if "base" in name else "flow_map" if "flow_map" in name else "reflow"])
     if name == "custom_base":
         assert cfg.training.augment >= stage.pop("augment")  # few images need it, however short the training
-    assert {key: cfg.training[key] for key in stage if key in cfg.training} == stage
+    stage.pop("warmup_steps", None)  # of the objective
+    assert {key: cfg.training[key] for key in stage} == stage
     with torch.device("meta"):
         size = sum(p.numel() for p in instantiate(cfg.net).parameters())
     assert size <= {"demo": 2e6, "mini": 2e6, "h100_30min": 28e6, "paper": 3e8}[scale]
@@ -141,7 +163,8 @@ def test_a_base_flow_starts_from_scratch_and_a_reflow_from_its_teacher(hydra, na
     is_base = "base" in name
     assert cfg.training.start == ("scratch" if is_base else "teacher")
     assert (OmegaConf.to_container(cfg.teacher)["path"] is None) == is_base
-    assert (set(instantiate(cfg.lrn.coupling).weights) == {"independent"}) == is_base
+    is_fresh = is_base or name.endswith(("flow_map", "adversarial"))
+    assert (set(instantiate(cfg.lrn.coupling).weights) == {"independent"}) == is_fresh
 
 
 @pytest.mark.parametrize("name", OFFLINE)
