@@ -13,8 +13,8 @@ from scipy.stats import t as student_t
 from torch import Tensor
 
 from .. import noise
-from .values import Interval
 from .values import Z95 as Z95
+from .values import Interval
 
 BLOCK = 8  #: resamples formed at a time
 

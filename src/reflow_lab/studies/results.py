@@ -12,7 +12,7 @@ from .description import LINKS, Row, Study
 Cell = dict[str, Any]
 Result = dict[str, Any]
 FILE = "table.json"
-NO_STUDIES = (("sweeps",), ("search",))  #: folders in which `evaluate` and `search` keep tables, which are no study's
+NO_STUDIES = ("sweeps", "search")  #: folders in which `evaluate` and `search` keep tables, which are no study's
 SEAL = "sha256"  #: the key of the checksum, which is of all others
 
 
@@ -69,7 +69,7 @@ def place(out: Path, result: Result) -> Path:
 
 def found(root: Path) -> list[Path]:
     """Every folder with a study's result below this one."""
-    return [path.parent for path in sorted(root.rglob(FILE)) if path.parts[-3:-2] not in NO_STUDIES]
+    return [path.parent for path in sorted(root.rglob(FILE)) if path.parent.parent.name not in NO_STUDIES]
 
 
 def read(path: Path) -> Result:
