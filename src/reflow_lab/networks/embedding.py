@@ -90,9 +90,9 @@ class TimeEmbedder(Protocol):
 class Conditioning(nn.Module):
     """Time (n,) and, for a conditional network, label (n,), as one embedding (n, dim); of a flow map also its aim."""
 
-    def __init__(self, dim: int, num_classes: int = 0, jumps: bool = False, max_frequency: float = 64.0) -> None:
+    def __init__(self, dim: int, num_classes: int = 0, jumps: bool = False) -> None:
         super().__init__()
-        self.time = nn.Sequential(FourierTime(dim, max_frequency), nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time = nn.Sequential(FourierTime(dim), nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.label = nn.Embedding(num_classes, dim) if num_classes else None
         self.jump = Jump(dim) if jumps else None
 

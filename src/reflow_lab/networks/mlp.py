@@ -9,10 +9,7 @@ from .embedding import Aim, Conditioning
 
 
 class MLP(nn.Module):
-    """F(x, t, label): (n, dim) to the same shape; `num_layers` hidden layers of `width`; a flow map's if it `jumps`.
-
-    max_frequency: of the features of t, in periods on [0, 1]; a flow map differentiates through them, and wants few.
-    """
+    """F(x, t, label): (n, dim) to the same shape; `num_layers` hidden layers of `width`; a flow map's if it `jumps`."""
 
     def __init__(
         self,
@@ -22,11 +19,10 @@ class MLP(nn.Module):
         num_layers: int = 3,
         dropout: float = 0.0,
         jumps: bool = False,
-        max_frequency: float = 64.0,
     ) -> None:
         super().__init__()
         self.dim, self.num_classes, self.jumps = dim, num_classes, jumps
-        self.conditioning = Conditioning(64, num_classes, jumps, max_frequency)
+        self.conditioning = Conditioning(64, num_classes, jumps)
         sizes = [dim + 64] + [width] * num_layers
         hidden = [nn.Sequential(nn.Linear(a, b), nn.SiLU(), nn.Dropout(dropout)) for a, b in pairwise(sizes)]
         self.layers = nn.Sequential(*hidden, nn.Linear(width, dim))
