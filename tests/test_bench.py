@@ -83,6 +83,27 @@ def test_data_comes_the_same_by_every_way(tmp_path):
     assert {image.numpy().tobytes() for image in bench_data.ours(held, 8, cpu)()[0]} <= expected
 
 
+def test_flow_map_reports_steps_and_calls(capsys):
+    found = output(capsys, "flow_map", "--quick", "--device", "cpu", "--repeats", "1")
+    for objective in ("emd", "lmd"):
+        for derivative, target in (("exact", 2.0), ("finite_difference", 1.5)):
+            figures = found[f"{objective}_{derivative}"]
+            check(figures, target)
+            assert figures["ratio"] == pytest.approx(figures["ms"] / found["flow_matching"]["ms"])
+            assert figures["peak_mb"] > 0
+    assert found["teacher"]["ms"] < found["flow_matching"]["ms"] and found["batch_size"] == 8
+
+
+def test_a_flow_maps_steps_train_and_ask_no_teacher(monkeypatch, no_network):
+    """Only the student's network is called: with its call forbidden, each step fails; and no teacher is loaded."""
+    from reflow_lab import bench_flow_map
+
+    monkeypatch.setattr(bench.parts, "teacher", None)
+    for make in bench_flow_map.makers().values():
+        with pytest.raises(AssertionError, match="a network was called"):
+            make("cpu", bench.QUICK)()
+
+
 def test_a_large_store_wants_room(monkeypatch, capsys):
     from reflow_lab import bench_pairs
 

@@ -158,12 +158,20 @@ def bench_data(device: str, sizes: Sizes) -> dict[str, Any]:
     return measure(device, sizes)
 
 
+def bench_flow_map(device: str, sizes: Sizes) -> dict[str, Any]:
+    """A step of a flow map against a flow matching step of the same network, the teacher's calls apart."""
+    from .bench_flow_map import measure  # which builds on this module
+
+    return measure(device, sizes)
+
+
 BENCHES: dict[str, Callable[[str, Sizes], dict[str, Any]]] = {
     "train": bench_train,
     "sample": bench_sample,
     "pairs": bench_pairs,
     "evaluate": bench_evaluate,
     "data": bench_data,
+    "flow_map": bench_flow_map,
 }
 
 
@@ -255,25 +263,34 @@ def rivals(cfg: DictConfig) -> dict[str, Work]:
 
 
 def bare_step(cfg: DictConfig, draw: Callable[[], tuple[Tensor, Tensor, Tensor]]) -> Work:
-    """Forward, squared error, backward and fused Adam on a network like ours; draw gives t, x_t and the target."""
+    """`step` with the squared error; draw gives t, x_t and the target."""
+
+    def loss(velocity: nn.Module) -> Tensor:
+        t, x_t, target = draw()
+        return nn.functional.mse_loss(velocity(x_t, t), target)
+
+    return step(cfg, loss)
+
+
+def step(cfg: DictConfig, loss: Callable[[nn.Module], Tensor]) -> Work:
+    """A training step by hand: a loss of a network like ours, backward, and fused Adam."""
     velocity = train.prepared(parts.network(cfg), cfg).to(parts.device(cfg))
     scale_dropout(velocity, cfg.lrn.dropout.fraction)
     optimizer = Adam(velocity.parameters(), lr=cfg.training.lr, fused=True)
 
-    def step() -> None:
-        t, x_t, target = draw()
-        loss = nn.functional.mse_loss(velocity(x_t, t), target)
+    def taken() -> None:
+        value = loss(velocity)
         optimizer.zero_grad()
-        torch.autograd.backward(loss)
+        torch.autograd.backward(value)
         optimizer.step()
 
-    return step
+    return taken
 
 
-def race(contenders: dict[str, Work], repeats: int) -> Times:
-    """Time each contender once a round, without gradients."""
+def race(contenders: dict[str, Work], repeats: int, trains: bool = False) -> Times:
+    """Time each contender once a round, without gradients unless it `trains`."""
     times: Times = {name: [] for name in contenders}
-    with torch.inference_mode():
+    with torch.inference_mode(not trains):
         for number in range(repeats + 1):
             for name in in_turn(list(contenders), number):
                 times[name].append(seconds(contenders[name]))

@@ -4,12 +4,13 @@ from functools import partial
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import jumpers
 from reflow_lab.flow_maps import derivatives
-from reflow_lab.flow_maps.derivatives import Exact, FiniteDifference, is_compiled, product
+from reflow_lab.flow_maps.derivatives import Exact, FiniteDifference, is_compiled, product, traceable_product
 from reflow_lab.flow_maps.objectives import EMD, Matching, Point
 from reflow_lab.networks.precision import EAGER_MASKS, InPrecision
 
@@ -47,6 +48,32 @@ def test_forward_mode_is_the_limit_of_differences(name, objective):
     found = Exact()(student, at, tangent, before)
     assert all(torch.equal(value, state[key]) for key, value in student.func.state_dict().items())
     assert found.norm() > 1 and (found - expected).norm() < 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_product_by_our_rules_is_torchs(name, precision):
+    student, at, tangents = asked(name, velocity=InPrecision(jumpers.made(name), precision).eval())
+    ours, theirs = (how(student, (at.x_t, at.t, at.s), tangents["EMD"]) for how in (product, traceable_product))
+    assert (ours - theirs).norm() < {"32-true": 1e-5, "bf16-mixed": 0.05}[precision] * theirs.norm()
+
+
+@pytest.mark.parametrize("varied", [[i for i in range(3) if which >> i & 1] for which in range(8)], ids=str)
+def test_our_rules_take_any_tangents(varied):
+    """Of each argument or none, and shapes that broadcast."""
+    given = [torch.randn(3, 1), torch.randn(3, 4), torch.randn(4)]
+    primals = tuple(given[i] for i in varied)
+    tangents = tuple(z.cos() for z in primals)
+
+    def asked_with(*some):
+        return torch.addcmul(*(some[varied.index(i)] if i in varied else given[i] for i in range(3)))
+
+    with forward_ad.dual_level(), derivatives.ProductRules():
+        F, found = forward_ad.unpack_dual(asked_with(*map(forward_ad.make_dual, primals, tangents)))
+    torch.testing.assert_close(F, torch.addcmul(*given))
+    if varied:
+        torch.testing.assert_close(found, torch.func.jvp(asked_with, primals, tangents)[1])
+    else:
+        assert found is None
 
 
 @pytest.mark.parametrize("objective", ["EMD", "LMD"])
@@ -121,7 +148,9 @@ def test_of_a_compiled_network_the_derivative_is_compiled_too(name, monkeypatch)
     """
     torch._dynamo.reset()
     ordinary, products = (CompileCounterWithBackend("eager") for _ in range(2))
-    monkeypatch.setattr(derivatives, "compiled_product", lambda: torch.compile(product, backend=products, fullgraph=True))
+    monkeypatch.setattr(
+        derivatives, "compiled_product", lambda: torch.compile(traceable_product, backend=products, fullgraph=True)
+    )
     student, at, tangents = asked(name, velocity=InPrecision(with_dropout(name), "32-true").train())
     assert not is_compiled(student)
     expected = []

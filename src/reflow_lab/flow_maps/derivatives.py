@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..errors import require
 from ..flow import MeanVelocity, append_dims
@@ -14,6 +16,9 @@ from ..networks.precision import AUTOCAST, EAGER_MASKS, full_precision, require_
 
 if TYPE_CHECKING:
     from .objectives import Point
+
+make_dual: Callable[..., Tensor] = forward_ad.make_dual
+unpack_dual: Callable[[Tensor], tuple[Tensor, Tensor | None]] = forward_ad.unpack_dual
 
 Tangent = tuple[Tensor, Tensor, Tensor]  #: of x_t (n, ...), t (n,) and s (n,)
 
@@ -26,8 +31,52 @@ class Derivative(Protocol):
         ...
 
 
+class ProductRules(TorchFunctionMode):
+    """Within: forward-mode rules that leave out what a weight without tangent adds, for which torch's own compute with zeros.
+
+    A convolution's then costs one more convolution, not two.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call func, or the rule for it."""
+        if func in (torch.conv2d, torch.conv_transpose2d):
+            return convolution(func, *args, **(kwargs or {}))
+        if func is torch.addcmul and not kwargs:
+            return addcmul(*args)
+        return func(*args, **(kwargs or {}))
+
+
+def convolution(
+    func: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None = None, *how: Any, **more: Any
+) -> Tensor:
+    """A convolution of x, perhaps with tangent, whose weight has none."""
+    primal, tangent = unpack_dual(x)
+    y = func(primal, weight, bias, *how, **more)
+    return y if tangent is None else make_dual(y, func(tangent, weight, None, *how, **more))
+
+
+def addcmul(*args: Tensor) -> Tensor:
+    """a + b c, where any may have a tangent: da + db c + b dc."""
+    (a, da), (b, db), (c, dc) = (unpack_dual(z) for z in args)
+    y, tangent = torch.addcmul(a, b, c), da
+    for dz, z in ((db, c), (dc, b)):
+        if dz is not None:
+            tangent = dz * z if tangent is None else torch.addcmul(tangent, dz, z)
+    return y if tangent is None else make_dual(y, tangent.expand_as(y).to(y.dtype))
+
+
 def product(student: MeanVelocity, primals: Tangent, tangent: Tangent) -> Tensor:
     """The Jacobian-vector product of F in (x_t, t, s), (n, ...), without gradient."""
+    with torch.no_grad(), forward_ad.dual_level(), ProductRules():
+        duals = [make_dual(*pair) for pair in zip(primals, tangent, strict=True)]
+        F, derivative = unpack_dual(student(*duals))
+        return torch.zeros_like(F) if derivative is None else derivative
+
+
+def traceable_product(student: MeanVelocity, primals: Tangent, tangent: Tangent) -> Tensor:
+    """`product` in the form that torch.compile takes; there the zeros cost nothing."""
     with torch.no_grad():
         derivative: Tensor = torch.func.jvp(lambda x, t, s: student(x, t, s), primals, tangent)[1]
     return derivative
@@ -36,7 +85,7 @@ def product(student: MeanVelocity, primals: Tangent, tangent: Tangent) -> Tensor
 @functools.cache
 def compiled_product() -> Callable[..., Tensor]:
     """`product` as one graph: a compiled network inside of a product that is not would run uncompiled, for good."""
-    made: Callable[..., Tensor] = torch.compile(product, options=EAGER_MASKS)
+    made: Callable[..., Tensor] = torch.compile(traceable_product, options=EAGER_MASKS)
     return made
 
 

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,9 @@ from ..errors import require
 from .attention import in_forward_ad
 
 AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16}  #: Lightning's names
-EAGER_MASKS = {"fallback_random": True}  #: options of torch.compile: dropout's masks by the generator that other calls use, too
+EAGER_MASKS: dict[str, Any] = {
+    "fallback_random": True
+}  #: of torch.compile: it drops what calls that are not compiled drop
 
 
 def require_precision(precision: str) -> None:
