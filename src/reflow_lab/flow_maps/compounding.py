@@ -151,6 +151,7 @@ def plot(about: dict[str, Any], trained: results.Result | None, path: Path) -> N
     """W2 over K: the theorem's models, recursion and samples; beside them the trained ones, where there are some."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     panels = 1 if trained is None else 2
     figure = Figure(figsize=(5.2 * panels, 4.2), dpi=150, layout="constrained")
@@ -162,6 +163,8 @@ def plot(about: dict[str, Any], trained: results.Result | None, path: Path) -> N
     for axes in (left, *right):
         axes.set(xscale="log", yscale="log", xlabel="steps K", ylabel="W2 to the data")
         axes.set_xticks(TICKS, list(map(str, TICKS)))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
