@@ -18,10 +18,17 @@ REFLOW = [
     *["teacher=run", "training.total_kimg=1.28", "training.ema_halflives_mimg=[0.0005,0.002]", "net.network.dropout=0.1"],
     *["lrn/coupling=forward_backward", "lrn/dropout=half", "dyn=improved", "dyn/metric=squared_error"],
 ]
+FLOW_MAP = [
+    *["teacher=run", "training=flow_map", "lrn=flow_map", "inf=flow_map", "flow_map=ayf", "flow_map.warmup_steps=20"],
+    *["training.total_kimg=1.28", "training.ema_halflives_mimg=[0.0005,0.002]", "net.network.dropout=0.1", "lrn/dropout=half"],
+    *[word for word in QUICK if not word.startswith("dyn")],
+]
 CASES = {
     "base flow": BASE,
     "base flow, learned weight": [*BASE, "dyn/weight=learned_normalisation"],
     "ReFlow": REFLOW,
+    "flow map": FLOW_MAP,
+    "flow map by finite differences": [*FLOW_MAP, "flow_map/derivative=finite_difference", "flow_map/objective=lmd"],
     "ReFlow, learned weight": [*REFLOW, "dyn/weight=learned_normalisation"],
 }
 COMMAND = """
