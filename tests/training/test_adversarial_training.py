@@ -198,7 +198,7 @@ def test_each_side_trains_its_own_weights(words, tmp_path):
     gradients = [p.grad.clone() for p in judge.parameters()]
     losses.total.mean().backward()
     assert all(torch.equal(p.grad, g) for p, g in zip(judge.parameters(), gradients, strict=True))
-    assert any(p.grad.abs().max() > 0 for p in network.parameters())
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in network.parameters())
     torch.testing.assert_close(losses.raw, kept(network, *batch(), None, 0).raw)  # the regulariser's error is what is reported
 
 
