@@ -58,7 +58,7 @@ class Distillation(nn.Module):
         x0, x1, label, _ = batch
         x_t = interpolate(x0, x1, t)
         field = self.field(label, lam_guid)
-        v = x1 - x0 if field is None else field(x_t, t)
+        v = field(x_t, t) if field is not None and self.matching.objective.asks_at_start else x1 - x0
         student = functools.partial(velocity, label=label, lam_guid=lam_guid)
         return self.matching(student, Point(x_t, t, s, v), field, step)
 

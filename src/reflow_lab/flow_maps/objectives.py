@@ -23,7 +23,7 @@ class Point(NamedTuple):
     x_t: Tensor  #: (n, ...)
     t: Tensor  #: (n,), 1 >= t >= s
     s: Tensor  #: (n,), >= 0
-    v: Tensor  #: the velocity at (x_t, t), (n, ...): a teacher's, or x1 - x0
+    v: Tensor  #: the velocity at (x_t, t), (n, ...): a teacher's, or x1 - x0 (which an objective that does not ask gets as well)
 
 
 Field = Callable[[Tensor, Tensor], Tensor]  #: a velocity, (x, t) to v: the teacher as it is guided, its label given
@@ -33,6 +33,7 @@ class Objective(Protocol):
     """The direction in which a student's mean velocity is wrong."""
 
     only_to_data: ClassVar[bool]  #: whether it is for s = 0 alone
+    asks_at_start: ClassVar[bool]  #: whether it looks at the velocity at (x_t, t)
 
     def __call__(self, student: MeanVelocity, at: Point, F: Tensor, field: Field | None, warmup: float) -> Tensor:
         """g (n, ...), where F = student(x_t, t, s); `warmup`, r in [0, 1], scales the term with a derivative.
@@ -52,6 +53,7 @@ class EMD:
 
     derivative: Derivative
     only_to_data: ClassVar[bool] = False
+    asks_at_start: ClassVar[bool] = True
 
     def __call__(self, student: MeanVelocity, at: Point, F: Tensor, field: Field | None, warmup: float) -> Tensor:
         """See `Objective`."""
@@ -75,6 +77,7 @@ class LMD:
 
     derivative: Derivative
     only_to_data: ClassVar[bool] = False
+    asks_at_start: ClassVar[bool] = False
 
     def __call__(self, student: MeanVelocity, at: Point, F: Tensor, field: Field | None, warmup: float) -> Tensor:
         """See `Objective`."""
@@ -92,6 +95,7 @@ class Shortcut:
     """
 
     only_to_data: ClassVar[bool] = False
+    asks_at_start: ClassVar[bool] = True
 
     def __call__(self, student: MeanVelocity, at: Point, F: Tensor, field: Field | None, warmup: float) -> Tensor:
         """See `Objective`."""

@@ -26,14 +26,20 @@ class TimePairs(Protocol):
 class DistanceTimes:
     """A law of the distance t - s, whose place is uniform (Align Your Flow, algorithm 1: logit-normal).
 
-    (P_mean, P_std) = (-0.8, 1.0) and (-0.6, 1.6) are reported, for which resolution is unknown: sweep them.
+    (P_mean, P_std) = (-0.8, 1.0) and (-0.6, 1.6) are reported, for which resolution is unknown: sweep them. A share may have
+    s = t as in `SortedTimes` (ours; the paper's is 0): flow matching, without which short trainings were seen to diverge.
     """
 
     distance: TimeLaw
+    share_equal: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(0 <= self.share_equal <= 1, "flow_map.times.share_equal", self.share_equal, "must lie in [0, 1]")
 
     def __call__(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """d ~ distance, s ~ U[0, 1 - d], t = s + d."""
+        """d ~ distance, or 0 where the third number is below `share_equal`; s ~ U[0, 1 - d], t = s + d."""
         d = self.distance.quantile(u[:, 0])
+        d = torch.where(u[:, 2] < self.share_equal, 0.0, d)
         s = u[:, 1] * (1 - d)
         return s + d, s
 

@@ -12,9 +12,7 @@ from ..errors import require
 from .attention import in_forward_ad
 
 AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16}  #: Lightning's names
-EAGER_MASKS: dict[str, Any] = {
-    "fallback_random": True
-}  #: of torch.compile: it drops what calls that are not compiled drop
+EAGER_MASKS: dict[str, Any] = {"fallback_random": True}  #: of torch.compile: it drops what calls that are not compiled drop
 
 
 def require_precision(precision: str) -> None:
