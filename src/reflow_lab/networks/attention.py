@@ -2,6 +2,7 @@
 
 import functools
 import warnings
+from collections.abc import Callable
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -18,7 +19,8 @@ def in_forward_ad() -> bool:
 @torch.compiler.assume_constant_result  # asked while a graph is made, not in it
 def notice_switch(on_gpu: bool) -> None:
     """Say so if torch would take a fused kernel here: on a GPU, or where the user allows no other."""
-    if on_gpu or not torch.backends.cuda.math_sdp_enabled():  # which is the switch for every device, whatever its name
+    enabled: Callable[[], bool] = torch.backends.cuda.math_sdp_enabled
+    if on_gpu or not enabled():  # which is the switch for every device, whatever its name
         say_switched()
 
 

@@ -50,8 +50,8 @@ class Jump(nn.Module):
         self.features = FourierTime(64, max_frequency=2.0)
         self.time = mlp(FourierTime(64, max_frequency=2.0), 64, dim)
         self.aim = mlp(nn.Identity(), 3 * 64, dim)
-        nn.init.zeros_(self.aim[-1].weight)
-        nn.init.zeros_(self.aim[-1].bias)
+        for parameter in self.aim[-1].parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, t: Tensor, aim: Aim) -> Tensor:
         """The features (n, dim), float32."""
