@@ -122,7 +122,7 @@ def test_four_jobs_four_folders_four_runs_of_wandb(tmp_path, monkeypatch, launch
         seed, time = jobs[run.run.run_id]
         on = ["time"] if time == "Exponential" else []
         assert (run.run.run_group, run.run.job_type) == ("ladder", "train")
-        assert [*run.run.tags] == [*on, "grid", "solver", "inf", "TwoMoons", "mine"]
+        assert [*run.run.tags] == [*on, "grid", "solver", "inf", "two_moons", "mine"]
         assert run.config["seed"] == seed and run.config["dyn"]["time"]["_target_"].endswith(f".{time}")
         assert run.values("loss")
 

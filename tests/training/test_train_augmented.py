@@ -70,7 +70,7 @@ def test_bad_values_are_one_line(tmp_path, values, message):
 
 @pytest.mark.parametrize("value", ["training.flips=true", "training.augment=0.1"])
 def test_points_are_refused(tmp_path, value):
-    with pytest.raises(UserError, match=rf"^{value.replace('true', 'True')}: is for images: these data are points$"):
+    with pytest.raises(UserError, match=rf"^{value.replace('true', 'True')}: is for images: these data are points or latents$"):
         plan(base(tmp_path, value, experiment="toy_base", own=tiny.POINTS))
 
 
