@@ -51,7 +51,7 @@ def needed(toy, tmp_path_factory):
             return ["teacher.path=none.safetensors"]
         if (data := name.removesuffix("_flow_map")) in FOREIGN:
             return [f"teacher.path={described(data)}"]
-        if name == "flow_map":
+        if name in ("flow_map", "adversarial"):
             return ["net=teacher"]
         taught = name in ("toy", "toy_flow_map", "toy_adversarial")
         return [f"teacher.path={toy.teacher}", "net.network.width=32"] if taught else []
