@@ -5,6 +5,7 @@ import re
 import sys
 
 import pytest
+from joblib.externals.loky import get_reusable_executor
 
 import tiny
 from reflow_lab import cli
@@ -41,6 +42,7 @@ def sweep(tmp_path, monkeypatch, capfd):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "seeds", raising=False)
     monkeypatch.setitem(cli.VERBS, "train", cli.Verb("seeds:job", "", finish="seeds:finish"))
+    get_reusable_executor().shutdown()  # joblib's processes of another test would look for `seeds` where that one looked
 
     def sweep(*words):
         status = cli.main(["train", "-m", *words])
