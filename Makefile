@@ -55,6 +55,7 @@ bench: ## our training step, sampler, pairs, data and distances against bare loo
 	$(LAB) bench pairs
 	$(LAB) bench data
 	$(LAB) bench evaluate
+	$(LAB) bench flow_map
 
 clean: ## remove caches and built packages; outputs/ stays
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache

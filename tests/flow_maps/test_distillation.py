@@ -111,5 +111,5 @@ def test_a_consistency_model_is_emd_to_data():
 
 @pytest.mark.parametrize("lam_guid", [(3.0, 1.0), (-1.0, 1.0)], ids=["descending", "negative"])
 def test_strengths_that_are_none_are_refused(lam_guid):
-    with pytest.raises(UserError, match=r"flow_map\.lam_guid=.*0 <= low <= high"):
+    with pytest.raises(UserError, match=r"flow_map\.guidance\.lam_guid=.*0 <= low <= high"):
         Distillation(PLAIN(EMD(Exact())), TIMES, DATA, lam_guid)

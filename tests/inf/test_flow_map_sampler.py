@@ -113,7 +113,8 @@ def test_the_flow_map_is_asked_once_a_step_with_label_guidance_and_aim() -> None
         def __call__(self, x_t: Tensor, t: Tensor, s: Tensor | None = None, **more: Tensor | None) -> Tensor:
             label, lam_guid = more["label"], more["lam_guid"]
             assert s is not None and label is not None and lam_guid is not None
-            asked.append((t[0].item(), s[0].item(), lam_guid.item(), label.tolist()))
+            assert len(lam_guid) == len(x_t) and len({*lam_guid.tolist()}) == 1
+            asked.append((t[0].item(), s[0].item(), lam_guid[0].item(), label.tolist()))
             return DATA(x_t, t, s)
 
     counted = CountCalls(Asked())

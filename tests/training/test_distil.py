@@ -93,9 +93,17 @@ WRONG = {
     "autoguidance without a weak model": (["flow_map/guidance=auto"], "flow_map.guidance.how.path=None: needs a run folder"),
     "CFG of an unconditional teacher": (["flow_map/guidance=cfg"], "flow_map.guidance.how=cfg: this flow is unconditional"),
     "strengths without guidance": (["flow_map.guidance.lam_guid=[1,2]"], r"flow_map.guidance.lam_guid=\[1, 2\]: is for a guided"),
-    "strengths that descend": (["flow_map.guidance.lam_guid=[2,1]"], r"flow_map.guidance.lam_guid=\[2, 1\]: must be two"),
+    "strengths that descend": (
+        ["flow_map/guidance=cfg", "flow_map.guidance.lam_guid=[2,1]"],
+        r"lam_guid=\[2.*1.*\]: must be two numbers, 0 <= low",
+    ),
     "a consistency model with other aims": (["flow_map/objective=consistency"], "flow_map.times=DistanceTimes: draws s > 0"),
     "a velocity of nobody": (["flow_map.velocity=me"], "flow_map.velocity=me: allowed: teacher, data"),
+    "LMD without a teacher": (["flow_map=lmd", "flow_map.velocity=data"], "flow_map.velocity=data: LMD asks a teacher"),
+    "strengths of one": (
+        ["flow_map/guidance=cfg", "flow_map.guidance.lam_guid=[1]"],
+        r"flow_map.guidance.lam_guid=\[1\]: must be two",
+    ),
     "a guided velocity of the data": (
         ["flow_map/guidance=cfg", "flow_map.velocity=data"],
         "flow_map.velocity=data: has no teacher to guide",

@@ -30,7 +30,7 @@ class Distillation(nn.Module):
     ) -> None:
         super().__init__()
         low, high = lam_guid
-        require(0 <= low <= high, "flow_map.lam_guid", list(lam_guid), "must be two numbers, 0 <= low <= high")
+        require(0 <= low <= high, "flow_map.guidance.lam_guid", list(lam_guid), "must be two numbers, 0 <= low <= high")
         require_suited(matching.objective, times)
         self.matching, self.times, self.lam_guid = matching, times, lam_guid
         self._teacher = [teacher]  # a list hides its weights, which are not ours to train or to save

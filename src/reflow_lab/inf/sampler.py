@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import require
 from ..flow import T_MAX, T_MIN, MeanVelocity, interpolate
+from ..networks.files import jumps
 from .grids import Grid, ascending
 from .guidance import Guided
 from .solvers import Callback, FlowMap, Solver
@@ -49,8 +50,9 @@ def require_suited(solver: Solver, description: Mapping[str, Any]) -> None:
     """
     if not isinstance(solver, FlowMap):
         return
-    jumps = description["net"].get("network", {}).get("jumps", False)
-    require(jumps, "inf/solver", "flow_map", "needs a flow map (flow_map=ayf in training), and this flow is a velocity")
+    require(
+        jumps(description), "inf/solver", "flow_map", "needs a flow map (flow_map=ayf in training), and this flow is a velocity"
+    )
     low, high = description.get("lam_guid", (1.0, 1.0))
     if not low <= solver.lam_guid <= high:
         said = f"inf.solver.lam_guid={solver.lam_guid:g}: this flow map was trained for lam_guid in [{low:g}, {high:g}] only"

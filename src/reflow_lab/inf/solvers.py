@@ -15,7 +15,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -27,7 +26,7 @@ from ..flow import T_MIN, MeanVelocity
 from ..noise import Indices, normal
 
 Callback = Callable[[int, float, Tensor], None]  #: called as (i, t_i, x_i) before step i
-Field = Callable[[Tensor, float], Tensor]  #: (x, t) -> v, with the label bound
+Field = Callable[..., Tensor]  #: (x, t) -> v, with the label bound; (x, t, s=, lam_guid=) -> F of a flow map
 Rule = Callable[[Field, Tensor, float, float], Tensor]  #: (field, x, t, t_next) -> x_next
 
 
@@ -91,8 +90,9 @@ class FixedStep(ABC):
     ) -> Tensor:
         """Carry x, (n, ...), float32 or float64, over the grid; the velocity sees t as (n,) of x's type."""
 
-        def field(x: Tensor, t: float) -> Tensor:
-            return velocity(x, x.new_full((len(x),), t), label=label).to(x.dtype)  # a network in bfloat16 answers in it
+        def field(x: Tensor, t: float, **more: float) -> Tensor:
+            told = {name: x.new_full((len(x),), value) for name, value in more.items()}
+            return velocity(x, x.new_full((len(x),), t), label=label, **told).to(x.dtype)  # a network in bfloat16 answers in it
 
         times = grid.tolist()
         for i, rule in enumerate(self.rules(x, times, nfe)):
@@ -266,7 +266,7 @@ class Adaptive:
 
 
 @dataclass(frozen=True)
-class FlowMap:
+class FlowMap(FixedStep):
     """The jumps of a flow map from each time to the next (Align Your Flow), one call each; downward only.
 
     gamma in [0, 1] is how much of the noise at the next time is fresh: 0 is deterministic, 1 jumps to data and noises again, as a
@@ -278,45 +278,34 @@ class FlowMap:
     gamma: float = 0.0
     lam_guid: float = 1.0
 
-    fixed_step: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         require(0 <= self.gamma <= 1, "inf.solver.gamma", self.gamma, "a number in [0, 1]")
         require(self.lam_guid >= 0, "inf.solver.lam_guid", self.lam_guid, "a number of at least 0; 1 is no guidance")
 
-    def num_steps(self, nfe: int, start: float, stop: float) -> int:
-        """One call a step."""
-        return nfe
+    def step(self, field: Field, x: Tensor, t: float, t_next: float, noise: Callable[[], Tensor] | None = None) -> Tensor:
+        """(1 - s) / (1 - s') f(x, t, s') + gamma s z, where s = t_next and noise() is z; f(x, t, s) without noise or at s = 0."""
+        aim = self.aim(t_next) if noise else t_next
+        jumped = torch.add(x, field(x, t, s=aim, lam_guid=self.lam_guid), alpha=aim - t)
+        if noise is None or t_next == 0:
+            return jumped
+        return (1 - t_next) / (1 - aim) * jumped + self.gamma * t_next * noise()
 
-    def __call__(
-        self,
-        velocity: MeanVelocity,
-        x: Tensor,
-        grid: Tensor,
-        *,
-        label: Tensor | None = None,
-        nfe: int | None = None,
-        callback: Callback | None = None,
-    ) -> Tensor:
-        """Carry x, (n, ...), from time grid[0] down to grid[-1]."""
-        times = grid.tolist()
+    def rules(self, x: Tensor, times: list[float], nfe: int | None) -> Sequence[Rule]:
+        """The jump of each step, with noise of its own."""
         require(times[0] > times[-1], "inf/solver", "flow_map", "goes from noise to data only; forward pairs need another solver")
-        lam_guid, keys = x.new_tensor(self.lam_guid), row_keys(x) if self.gamma else None
-        for i, (t, s) in enumerate(pairwise(times)):
-            if callback is not None:
-                callback(i, t, x)
-            aim = self.aim(s)
-            F = velocity(x, x.new_full((len(x),), t), x.new_full((len(x),), aim), label=label, lam_guid=lam_guid)
-            x = torch.add(x, F.to(x.dtype), alpha=aim - t)
-            if keys is not None and s > 0:
-                z = normal(0, f"inf/flow_map/{i}", keys, tuple(x.shape[1:])).to(x)
-                x = (1 - s) / (1 - aim) * x + self.gamma * s * z
-        return x
+        if not self.gamma:
+            return super().rules(x, times, nfe)
+        keys = row_keys(x)
+
+        def noise(number: int) -> Tensor:
+            return normal(0, f"inf/flow_map/{number}", keys, tuple(x.shape[1:])).to(x)
+
+        return [functools.partial(self.step, noise=functools.partial(noise, i)) for i in range(len(times) - 1)]
 
     def aim(self, s: float) -> float:
         """s', from which fresh noise leads back to s."""
         kept = math.sqrt(1 - self.gamma**2) * s
-        return kept / (1 - s + kept) if self.gamma else s
+        return kept / (1 - s + kept)
 
 
 def row_keys(x: Tensor) -> Indices:

@@ -101,6 +101,11 @@ def require_own(value: Any, package: str, where: object) -> None:
         raise UserError(f"{where}: names {foreign[0]}, but it may build only {package}*")
 
 
+def jumps(description: Mapping[str, Any]) -> bool:
+    """Whether a weight file of this description holds a flow map, whose network takes s."""
+    return bool(description["net"].get("network", {}).get("jumps"))
+
+
 def load(path: Path) -> nn.Module:
     """Build the network that a weight file describes and load its weights, float32, in evaluation mode."""
     net = describe(path)["net"]

@@ -34,14 +34,14 @@ def check(cfg: DictConfig) -> None:
     parts.require_whole("flow_map.align_steps", options.align_steps, 0)
     lam_guid, how = parts.plain(options.guidance.lam_guid), options.guidance.how
     pair = isinstance(lam_guid, list) and len(lam_guid) == 2 and all(map(parts.is_number, lam_guid))
-    require(
-        pair and 0 <= lam_guid[0] <= lam_guid[1], "flow_map.guidance.lam_guid", lam_guid, "must be two numbers, 0 <= low <= high"
-    )
+    require(pair, "flow_map.guidance.lam_guid", lam_guid, "must be two numbers")
     allowed = "is for a guided teacher: flow_map/guidance=auto or cfg"
     require(how is not None or lam_guid == [1, 1], "flow_map.guidance.lam_guid", lam_guid, allowed)
     untaught = "has no teacher to guide: flow_map.velocity=teacher"
     require(how is None or options.velocity == "teacher", "flow_map.velocity", options.velocity, untaught)
-    Distillation(matching(cfg), instantiate(options.times), None)
+    asked = Distillation(matching(cfg), instantiate(options.times), None, tuple(lam_guid)).matching.objective
+    nobody = f"{type(asked).__name__} asks a teacher where the student arrives: flow_map.velocity=teacher"
+    require(asked.asks_at_start or options.velocity == "teacher", "flow_map.velocity", options.velocity, nobody)
     if is_adversarial(cfg):
         check_adversarial(cfg)
 
@@ -54,7 +54,7 @@ def is_adversarial(cfg: DictConfig) -> bool:
 def check_adversarial(cfg: DictConfig) -> None:
     """Raise a `UserError` unless it is a distilled flow map that is fine-tuned, and its samples suit the discriminator."""
     start, warmup = cfg.training.start, cfg.flow_map.warmup_steps
-    distilled = start not in ("teacher", "scratch") and is_flow_map(files.find(start))
+    distilled = start not in ("teacher", "scratch") and files.jumps(files.describe(files.find(start)))
     require(distilled, "training.start", start, "must be the run of a flow map: flow_map/adversarial fine-tunes one")
     allowed = "must be 0 with flow_map/adversarial: the flow map has had its warm-up"
     require(warmup == 0, "flow_map.warmup_steps", warmup, allowed)
@@ -66,11 +66,6 @@ def check_adversarial(cfg: DictConfig) -> None:
 def discriminator(cfg: DictConfig, how: Adversarial) -> Discriminator:
     """A fresh one for these samples and classes, its weights drawn from the run's seed."""
     return how.discriminator(parts.sample_shape(parts.data_source(cfg)), parts.net_classes(cfg), cfg.seed)
-
-
-def is_flow_map(path: Path) -> bool:
-    """Whether a weight file is a flow map's."""
-    return bool(files.describe(path)["net"].get("network", {}).get("jumps"))
 
 
 def fine_tuning(cfg: DictConfig, regulariser: Distillation, network: nn.Module) -> FineTuning:
@@ -121,7 +116,7 @@ def inputs(cfg: DictConfig) -> dict[str, Any]:
 def aligned(cfg: DictConfig, network: nn.Module, start: Path | None, folder: Path) -> None:
     """Let a flow map that starts from a velocity learn its time embedding; the errors go to align.json in the run's folder."""
     begun = (folder / "last.ckpt").exists()
-    if start is None or begun or is_flow_map(start):
+    if start is None or begun or not cfg.flow_map.align_steps or files.jumps(files.describe(start)):
         return
     inner, before = (getattr(net, "network", net) for net in (network, files.load(start)))
     errors = align(inner, before, cfg.flow_map.align_steps, cfg.seed)
