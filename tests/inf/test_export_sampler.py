@@ -14,7 +14,7 @@ from reflow_lab.inf import export
 from reflow_lab.inf.grids import EDM, Sigmoid, Uniform
 from reflow_lab.inf.guidance import Guided
 from reflow_lab.inf.sampler import sample
-from reflow_lab.inf.solvers import DPM, Adaptive, Euler, Heun, RFPlusPlus
+from reflow_lab.inf.solvers import DPM, Adaptive, Euler, FlowMap, Heun, RFPlusPlus
 from reflow_lab.networks import files
 from reflow_lab.networks.adm import ADM
 from reflow_lab.networks.ddpmpp import DDPMpp
@@ -33,9 +33,9 @@ NETWORKS = {
 }
 
 
-def velocity(name="unet", num_classes=0):
+def velocity(name="unet", num_classes=0, jumps=False):
     """A tiny network with every path alive, which its initialisation is not."""
-    made = Preconditioned(NETWORKS[name](3, 8, num_classes=num_classes), 0.5).eval().requires_grad_(False)
+    made = Preconditioned(NETWORKS[name](3, 8, num_classes=num_classes, jumps=jumps), 0.5).eval().requires_grad_(False)
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.5)
     return made
@@ -99,6 +99,21 @@ def test_torch_alone_runs_it(tmp_path):
     assert torch.equal(found, sample(made, torch.randn(4, *SHAPE), **how))
 
 
+def test_the_jumps_of_a_flow_map(tmp_path):
+    made = velocity(jumps=True)
+    program_, how = program(made, solver=FlowMap(lam_guid=2), grid=Uniform())
+    x1 = torch.randn(3, *SHAPE)
+    expected = sample(made, x1, **how)
+    assert not torch.equal(expected, sample(made, x1, **how | {"solver": Euler()}))
+    with torch.inference_mode():
+        assert torch.equal(loaded(program_, tmp_path / "sampler.pt2")(x1), expected)
+
+
+def test_fresh_noise_cannot_be_written_out():
+    with pytest.raises(UserError, match=r"^solver=FlowMap.*draws noise in every step"):
+        program(velocity(jumps=True), solver=FlowMap(gamma=0.5))
+
+
 def test_steps_by_tolerance_cannot_be_written_out():
     with pytest.raises(UserError, match=r"^solver=Adaptive.*depend on the batch"):
         program(velocity(), solver=Adaptive())
@@ -152,6 +167,7 @@ MISTAKES = {
     "inf/solver=nope": "inf/solver=nope: no such member",
     "inf/solver=adaptive": "its steps depend on the batch",
     "profile=raw": "--sampler=profile=raw: a sampler is told nfe, t_max and inf",
+    "inf/solver=flow_map": "needs a flow map",
     "inf/guidance=cfg": "this flow is unconditional",
     "--dtype float16": "--dtype=float16: is of weights",
 }

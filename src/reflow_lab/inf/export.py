@@ -24,8 +24,8 @@ from ..networks import files
 from ..paths import conf_dir
 from . import guidance as guiding
 from .grids import Grid
-from .sampler import sample, sampling_times
-from .solvers import FixedStep, Solver
+from .sampler import require_suited, sample, sampling_times
+from .solvers import FixedStep, Solver, with_label
 
 PROTOCOL = "protocol.json"  #: the file inside the program that says what it does
 
@@ -42,11 +42,7 @@ class Unrolled(nn.Module):
 
     def forward(self, x1: Tensor, label: Tensor | None = None) -> Tensor:
         """The images of this noise."""
-
-        def field(x: Tensor, t: float) -> Tensor:
-            return self.velocity(x, x.new_full((x.shape[0],), t), label=label).to(x.dtype)
-
-        x = self.times[0] * x1
+        field, x = with_label(self.velocity, label), self.times[0] * x1
         for rule, t, t_next in zip(self.solver.rules(x, self.times, self.nfe), self.times, self.times[1:], strict=False):
             x = rule(field, x, t, t_next)
         return to_uint8(x) if self.as_uint8 else x
@@ -70,6 +66,7 @@ def program(
     """
     require(isinstance(solver, FixedStep), "solver", solver, "its steps depend on the batch, so that they cannot be written out")
     assert isinstance(solver, FixedStep)
+    require(not solver.is_random, "solver", solver, "draws noise in every step, which a program of noise and label cannot")
     times = sampling_times(solver, grid, nfe, t_max).tolist()
     where = next(iter(velocity.parameters()))
     num = Dim("n", min=1)
@@ -130,6 +127,7 @@ def write(path: Path, words: list[str], out: Path, as_uint8: bool) -> None:
     given, description = settings(words), files.describe(path)
     guided = guiding.check(given.guidance, description, "inf.guidance")
     require_whole_range(guided)
+    require_suited(given.solver, description)
     pixels = not as_uint8 or "latents" not in description
     require(pixels, "--uint8", path, "makes latents, and the program does not decode them")
     velocity = guided.velocity(files.load(path), "32-true", torch.device("cpu")).requires_grad_(False)

@@ -56,6 +56,16 @@ class Solver(Protocol):
         ...
 
 
+def with_label(velocity: MeanVelocity, label: Tensor | None) -> Field:
+    """The velocity as a solver's rule asks it: one time for all samples, the label given."""
+
+    def field(x: Tensor, t: float, **more: float) -> Tensor:
+        told = {name: x.new_full((x.shape[0],), value) for name, value in more.items()}
+        return velocity(x, x.new_full((x.shape[0],), t), label=label, **told).to(x.dtype)  # a network in bfloat16 answers in it
+
+    return field
+
+
 def euler_step(field: Field, x: Tensor, t: float, t_next: float) -> Tensor:
     """x + (t_next - t) v(x, t)."""
     return torch.add(x, field(x, t), alpha=t_next - t)
@@ -65,6 +75,11 @@ class FixedStep(ABC):
     """A solver that applies one rule between neighbouring times; a new one needs `step` only (one call a step)."""
 
     fixed_step: ClassVar[bool] = True
+
+    @property
+    def is_random(self) -> bool:
+        """Whether its rules add noise of their own."""
+        return False
 
     @abstractmethod
     def step(self, field: Field, x: Tensor, t: float, t_next: float) -> Tensor:
@@ -90,11 +105,7 @@ class FixedStep(ABC):
     ) -> Tensor:
         """Carry x, (n, ...), float32 or float64, over the grid; the velocity sees t as (n,) of x's type."""
 
-        def field(x: Tensor, t: float, **more: float) -> Tensor:
-            told = {name: x.new_full((len(x),), value) for name, value in more.items()}
-            return velocity(x, x.new_full((len(x),), t), label=label, **told).to(x.dtype)  # a network in bfloat16 answers in it
-
-        times = grid.tolist()
+        field, times = with_label(velocity, label), grid.tolist()
         for i, rule in enumerate(self.rules(x, times, nfe)):
             if callback is not None:
                 callback(i, times[i], x)
@@ -282,6 +293,11 @@ class FlowMap(FixedStep):
         require(0 <= self.gamma <= 1, "inf.solver.gamma", self.gamma, "a number in [0, 1]")
         require(self.lam_guid >= 0, "inf.solver.lam_guid", self.lam_guid, "a number of at least 0; 1 is no guidance")
 
+    @property
+    def is_random(self) -> bool:
+        """With gamma > 0."""
+        return self.gamma > 0
+
     def step(self, field: Field, x: Tensor, t: float, t_next: float, noise: Callable[[], Tensor] | None = None) -> Tensor:
         """(1 - s) / (1 - s') f(x, t, s') + gamma s z, where s = t_next and noise() is z; f(x, t, s) without noise or at s = 0."""
         aim = self.aim(t_next) if noise else t_next
@@ -293,7 +309,7 @@ class FlowMap(FixedStep):
     def rules(self, x: Tensor, times: list[float], nfe: int | None) -> Sequence[Rule]:
         """The jump of each step, with noise of its own."""
         require(times[0] > times[-1], "inf/solver", "flow_map", "goes from noise to data only; forward pairs need another solver")
-        if not self.gamma:
+        if not self.is_random:
             return super().rules(x, times, nfe)
         keys = row_keys(x)
 
