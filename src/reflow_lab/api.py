@@ -18,7 +18,7 @@ from .data.autoencoder import Codec
 from .errors import require
 from .inf.grids import Grid, Sigmoid
 from .inf.guidance import Guidance, check
-from .inf.sampler import require_suited
+from .inf.sampler import advise, require_suited
 from .inf.sampler import sample as integrate
 from .inf.solvers import DPM, Solver
 from .lrn.store import pair_labels, pair_noise
@@ -83,7 +83,8 @@ def sample(
     """
     for key, value in {"num_images": num_images, "batch_size": batch_size}.items():
         require(isinstance(value, int) and value >= 1, key, value, "must be a whole number of at least 1")
-    require_suited(solver or DPM(), velocity.description)
+    require_suited(solver or DPM(), velocity.description, guidance)
+    advise(solver or DPM(), velocity.description)
     device, start = next(velocity.parameters()).device, velocity.t_max if t_max is None else t_max
     uniform = pair_labels(seed, np.arange(num_images), velocity.num_classes)
     given = uniform if label is None else fitting(label, velocity.num_classes, num_images)

@@ -227,11 +227,13 @@ def described(path: Path, source: DataSource, key: str) -> Teacher:
 
 
 def settle_net(cfg: DictConfig) -> None:
-    """Settle what network `net` means: the teacher's for `net=teacher`; where a flow map is trained, one that takes s."""
+    """Settle what network `net` means: the teacher's for `net=teacher`; it takes s where a flow map is trained, and else not."""
     settle_teachers_net(cfg)
-    if OmegaConf.select(cfg, "flow_map.objective") is not None:
+    trained = OmegaConf.select(cfg, "flow_map.objective") is not None
+    inner = cfg.net.get("network", cfg.net)
+    if trained or "jumps" in inner:
         with open_dict(cfg):
-            cfg.net.get("network", cfg.net).jumps = True
+            inner.jumps = trained
 
 
 def settle_teachers_net(cfg: DictConfig) -> None:

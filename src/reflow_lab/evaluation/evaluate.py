@@ -22,7 +22,7 @@ from ..errors import require
 from ..flow import MeanVelocity
 from ..inf import auto, guidance
 from ..inf.grids import Uniform
-from ..inf.sampler import CountCalls, require_suited, sample, sampling_times
+from ..inf.sampler import CountCalls, advise, require_suited, sample, sampling_times
 from ..inf.solvers import Euler, TwoCall
 from ..lrn.store import pair_labels, pair_noise
 from ..networks import files
@@ -76,7 +76,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     if cfg.t_max is None:
         cfg.t_max = run.t_max
     check(cfg)
-    require_suited(instantiate(cfg.inf.solver), run.description)
+    require_suited(solver := instantiate(cfg.inf.solver), run.description, instantiate(cfg.inf.guidance))
+    advise(solver, run.description)
     found = [settled(one, run) for one in by_seed(cfg)]
     metrics = over_seeds([measured(one, run) for one in found])
     if rank() == 0:

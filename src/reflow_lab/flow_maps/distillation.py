@@ -83,3 +83,5 @@ def require_suited(objective: Objective, times: TimePairs) -> None:
     require(not bad.any(), "flow_map.times", first, "must be 1 >= t >= s >= 0: a jump goes from noise towards data")
     allowed = f"draws s > 0, but {type(objective).__name__} only jumps to data: flow_map/times=to_data"
     require(not objective.only_to_data or bool((s == 0).all()), "flow_map.times", type(times).__name__, allowed)
+    allowed = f"never draws s = t, where alone {type(objective).__name__} learns the velocity: share_equal > 0"
+    require(not objective.wants_equal or bool((s == t).any()), "flow_map.times", type(times).__name__, allowed)

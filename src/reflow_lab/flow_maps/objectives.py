@@ -33,6 +33,7 @@ class Objective(Protocol):
     """The direction in which a student's mean velocity is wrong."""
 
     only_to_data: ClassVar[bool]  #: whether it is for s = 0 alone
+    wants_equal: ClassVar[bool]  #: whether it learns the velocity only where s = t
     asks_at_start: ClassVar[bool]  #: whether it looks at the velocity at (x_t, t)
 
     def __call__(self, student: MeanVelocity, at: Point, F: Tensor, field: Field | None, warmup: float) -> Tensor:
@@ -53,6 +54,7 @@ class EMD:
 
     derivative: Derivative
     only_to_data: ClassVar[bool] = False
+    wants_equal: ClassVar[bool] = False
     asks_at_start: ClassVar[bool] = True
 
     def __call__(self, student: MeanVelocity, at: Point, F: Tensor, field: Field | None, warmup: float) -> Tensor:
@@ -77,6 +79,7 @@ class LMD:
 
     derivative: Derivative
     only_to_data: ClassVar[bool] = False
+    wants_equal: ClassVar[bool] = False
     asks_at_start: ClassVar[bool] = False
 
     def __call__(self, student: MeanVelocity, at: Point, F: Tensor, field: Field | None, warmup: float) -> Tensor:
@@ -91,10 +94,12 @@ class LMD:
 class Shortcut:
     """Self-consistency (Shortcut models, arXiv 2410.12557): one jump is two jumps of half its length; at s = t it is v.
 
-    g = F - (F(x_t, t, u) + F(x_u, u, s)) / 2, u = (t + s) / 2, x_u = f(x_t, t, u). No derivative, so no warm-up.
+    g = F - (F(x_t, t, u) + F(x_u, u, s)) / 2, u = (t + s) / 2, x_u = f(x_t, t, u). No derivative, so no warm-up. The paper's
+    halves are of averaged weights and their lengths powers of two; here they are the student's own, of any length.
     """
 
     only_to_data: ClassVar[bool] = False
+    wants_equal: ClassVar[bool] = True
     asks_at_start: ClassVar[bool] = True
 
     def __call__(self, student: MeanVelocity, at: Point, F: Tensor, field: Field | None, warmup: float) -> Tensor:

@@ -24,7 +24,7 @@ from ..networks import files
 from ..paths import conf_dir
 from . import guidance as guiding
 from .grids import Grid
-from .sampler import require_suited, sample, sampling_times
+from .sampler import advise, require_suited, sample, sampling_times
 from .solvers import FixedStep, Solver, with_label
 
 PROTOCOL = "protocol.json"  #: the file inside the program that says what it does
@@ -127,7 +127,8 @@ def write(path: Path, words: list[str], out: Path, as_uint8: bool) -> None:
     given, description = settings(words), files.describe(path)
     guided = guiding.check(given.guidance, description, "inf.guidance")
     require_whole_range(guided)
-    require_suited(given.solver, description)
+    require_suited(given.solver, description, given.guidance)
+    advise(given.solver, description)
     pixels = not as_uint8 or "latents" not in description
     require(pixels, "--uint8", path, "makes latents, and the program does not decode them")
     velocity = guided.velocity(files.load(path), "32-true", torch.device("cpu")).requires_grad_(False)

@@ -30,8 +30,8 @@ def sample(cfg: DictConfig) -> Path:
     require(not auto.is_asked(cfg), "inf", "auto", needs_result)
     parts.require_whole("num_images", cfg.num_images, 1)
     out, label, device = target(cfg.out, flow.shape), classes(parts.plain(cfg.label), cfg.num_images), parts.device(cfg)
-    require_suited(instantiate(cfg.inf.solver), flow.description)
-    guided = guidance.check(instantiate(cfg.inf.guidance), flow.description, "inf.guidance")
+    require_suited(instantiate(cfg.inf.solver), flow.description, given := instantiate(cfg.inf.guidance))
+    guided = guidance.check(given, flow.description, "inf.guidance")
     flow.velocity = guided.velocity(InPrecision(flow.velocity, cfg.precision), cfg.precision, device)
     how = {"solver": instantiate(cfg.inf.solver), "grid": instantiate(cfg.inf.grid), "nfe": cfg.nfe, "t_max": cfg.t_max}
     made = api.sample(flow.to(device), cfg.num_images, seed=cfg.seed, label=label, **how)

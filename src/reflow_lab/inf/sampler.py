@@ -11,7 +11,7 @@ from ..errors import require
 from ..flow import T_MAX, T_MIN, MeanVelocity, interpolate
 from ..networks.files import jumps
 from .grids import Grid, ascending
-from .guidance import Guided
+from .guidance import Guidance, Guided
 from .solvers import Callback, FlowMap, Solver
 
 
@@ -43,20 +43,33 @@ class CountCalls:
         return (self.samples + self.guided) / num_samples
 
 
-def require_suited(solver: Solver, description: Mapping[str, Any]) -> None:
-    """Raise a `UserError` for jumps of a flow that is no flow map; warns of a guidance strength that it was not trained for.
+def require_suited(solver: Solver, description: Mapping[str, Any], how: object = None, key: str = "inf") -> None:
+    """Raise a `UserError` for jumps of a flow that is no flow map, or of one that is guided besides.
 
-    description: of its weight file.
+    description: of its weight file. how: the guidance. key: under which solver and guidance stand.
     """
     if not isinstance(solver, FlowMap):
         return
-    require(
-        jumps(description), "inf/solver", "flow_map", "needs a flow map (flow_map=ayf in training), and this flow is a velocity"
-    )
+    velocity = "needs a flow map (flow_map=ayf in training), and this flow is a velocity"
+    require(jumps(description), f"{key}/solver", "flow_map", velocity)
+    told = f"guides velocities; a flow map learned its guidance and is told how strong: {key}.solver.lam_guid"
+    require(not isinstance(how, Guidance), f"{key}/guidance", getattr(how, "kind", None), told)
+
+
+def advise(solver: Solver, description: Mapping[str, Any]) -> None:
+    """Say on stderr how a flow map is asked for what it was not trained for."""
+    if not jumps(description):
+        return
+    if not isinstance(solver, FlowMap):
+        print("this flow map is taken as a velocity, told lam_guid 1; its jumps: inf=flow_map", file=sys.stderr)
+        return
     low, high = description.get("lam_guid", (1.0, 1.0))
     if not low <= solver.lam_guid <= high:
         said = f"inf.solver.lam_guid={solver.lam_guid:g}: this flow map was trained for lam_guid in [{low:g}, {high:g}] only"
         print(said, file=sys.stderr)
+    if description.get("only_to_data") and solver.gamma < 1:
+        said = "this consistency model jumps to data only: for more than one step, inf.solver.gamma=1"
+        print(f"inf.solver.gamma={solver.gamma:g}: {said}", file=sys.stderr)
 
 
 def sampling_times(solver: Solver, grid: Grid, nfe: int, t_max: float = T_MAX) -> Tensor:

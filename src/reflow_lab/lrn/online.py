@@ -14,7 +14,7 @@ from ..flow import MeanVelocity
 from ..inf.sampler import sample
 from ..noise import Indices, normal, uniform
 from .couplings import HELD_OUT, Batch
-from .pairs import drawing, require_fixed_steps
+from .pairs import drawing, require_solver
 
 STREAM = "coupling/online"  #: of the noise: no store and no evaluation draws from it
 
@@ -50,7 +50,7 @@ class OnlinePairs:
 
 def recipe(cfg: DictConfig) -> dict[str, Any]:
     """How the teacher draws online pairs, as a store's recipe says it; raises a `UserError` for an adaptive solver."""
-    require_fixed_steps(cfg)
+    require_solver(cfg)
     parts.require_whole("pairs.nfe", cfg.pairs.nfe, 1)
     return drawing(cfg, parts.teacher(cfg))
 

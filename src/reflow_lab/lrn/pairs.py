@@ -15,7 +15,7 @@ from ..data.sets import SampleSet, moved
 from ..data.sources import DataSource, has_pixels
 from ..errors import UserError, require
 from ..flow import MeanVelocity
-from ..inf.sampler import invert, sample
+from ..inf.sampler import invert, require_suited, sample
 from ..networks.precision import require_precision
 from ..noise import Indices, chunks, normal
 from ..parallel import rank, take_own_gpu
@@ -106,11 +106,12 @@ def drawing(cfg: DictConfig, teacher: Teacher) -> dict[str, Any]:
     }
 
 
-def require_fixed_steps(cfg: DictConfig) -> None:
-    """Raise a `UserError` for an adaptive solver: its steps depend on the batch, so that pairs could not be drawn twice."""
-    solver = cfg.pairs.solver
+def require_solver(cfg: DictConfig) -> None:
+    """Raise a `UserError` for an adaptive solver, whose pairs could not be drawn twice, and for jumps of a velocity."""
+    solver = instantiate(cfg.pairs.solver)
     reason = "must be a fixed-step solver: a store is reproducible"
-    require(instantiate(solver).fixed_step, "pairs.solver", solver._target_, reason)
+    require(solver.fixed_step, "pairs.solver", cfg.pairs.solver._target_, reason)
+    require_suited(solver, parts.teacher(cfg).description, instantiate(cfg.pairs.guidance), "pairs")
 
 
 def check(cfg: DictConfig, kind: str, count: int, source: DataSource) -> None:
@@ -122,7 +123,7 @@ def check(cfg: DictConfig, kind: str, count: int, source: DataSource) -> None:
     parts.require_whole("pairs.seed", cfg.pairs.seed, 0)
     for key in ("flips", "start_noise"):
         require(isinstance(cfg.pairs[key], bool), f"pairs.{key}", cfg.pairs[key], "must be true or false")
-    require_fixed_steps(cfg)
+    require_solver(cfg)
     are_images = has_pixels(source)
     require(are_images or not cfg.pairs.flips, "pairs.flips", True, "points have no left and right, latents are not mirrored")
     require(cfg.pairs.dtype in DTYPES, "pairs.dtype", cfg.pairs.dtype, f"allowed: {', '.join(DTYPES)}")

@@ -103,7 +103,8 @@ def require_own(value: Any, package: str, where: object) -> None:
 
 def jumps(description: Mapping[str, Any]) -> bool:
     """Whether a weight file of this description holds a flow map, whose network takes s."""
-    return bool(description["net"].get("network", {}).get("jumps"))
+    net = description["net"]
+    return bool(net.get("network", net).get("jumps"))
 
 
 def load(path: Path) -> nn.Module:

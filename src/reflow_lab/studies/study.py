@@ -91,7 +91,8 @@ def plan(study: Study, names: Iterable[str], seeds: Iterable[int], given: Sequen
     planned = {(name, seed): compose(study, study.row(name), seed, given) for name in wanted for seed in seeds}
     for found in planned.values():
         check_linked(found, {name: planned[name, found.seed] for name in sources(found.row)})
-        require_suited(instantiate(found.training.inf.solver), train.description(found.training))
+        inf = found.training.inf
+        require_suited(instantiate(inf.solver), train.description(found.training), instantiate(inf.guidance))
         if found.row.guide is None:
             check_guidance(found)
     return list(planned.values())

@@ -1,5 +1,6 @@
 """A flow map from its configuration: the objective with its teacher, the guidance of that, and what of all this is recorded."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,12 @@ def check(cfg: DictConfig) -> None:
     """Raise a `UserError` for a flow map that could not be trained, before any work."""
     options = cfg.flow_map
     require(options.velocity in SOURCES, "flow_map.velocity", options.velocity, f"allowed: {', '.join(SOURCES)}")
-    parts.require_whole("flow_map.align_steps", options.align_steps, 0)
+    for key in ("align_steps", "warmup_steps"):
+        parts.require_whole(f"flow_map.{key}", options[key], 0)
+    for key in ("c", "warmup_cap", "times.share_equal"):
+        value = OmegaConf.select(options, key, default=0)
+        off = key == "c" and value is None
+        require(off or parts.is_number(value), f"flow_map.{key}", value, "must be a number")
     lam_guid, how = parts.plain(options.guidance.lam_guid), options.guidance.how
     pair = isinstance(lam_guid, list) and len(lam_guid) == 2 and all(map(parts.is_number, lam_guid))
     require(pair, "flow_map.guidance.lam_guid", lam_guid, "must be two numbers")
@@ -44,6 +50,18 @@ def check(cfg: DictConfig) -> None:
     require(asked.asks_at_start or options.velocity == "teacher", "flow_map.velocity", options.velocity, nobody)
     if is_adversarial(cfg):
         check_adversarial(cfg)
+
+
+def announce(cfg: DictConfig, num_steps: int) -> None:
+    """Warn of a warm-up that ends after the training, and of strengths that fine-tuning lets be forgotten."""
+    rises = cfg.flow_map.warmup_steps
+    if rises > num_steps:
+        said = f"flow_map.warmup_steps={rises}: training has {num_steps} steps, so the derivative never counts as it should"
+        warnings.warn(said, stacklevel=1)
+    learned = files.describe(files.find(cfg.training.start)).get("lam_guid") if is_adversarial(cfg) else None
+    told = parts.plain(cfg.flow_map.guidance.lam_guid)
+    if learned not in (None, told):
+        warnings.warn(f"flow_map.guidance.lam_guid={told}: the flow map that it starts from learned {learned}", stacklevel=1)
 
 
 def is_adversarial(cfg: DictConfig) -> bool:
@@ -95,7 +113,15 @@ def objective(cfg: DictConfig) -> Distillation:
 
 def guided(cfg: DictConfig) -> guidance.Checked:
     """The guidance of the teacher, its guide found."""
-    return guidance.check(instantiate(cfg.flow_map.guidance.how), parts.teacher(cfg).description, "flow_map.guidance.how")
+    how = cfg.flow_map.guidance.how
+    given = None if how is None else instantiate(how, weight=1.0)  # each sample has a strength of its own
+    return guidance.check(given, parts.teacher(cfg).description, "flow_map.guidance.how")
+
+
+def description(cfg: DictConfig) -> dict[str, Any]:
+    """What a weight file says of a flow map: the strengths and the jumps that it was trained for."""
+    only = instantiate(cfg.flow_map.objective).only_to_data
+    return {"lam_guid": parts.plain(cfg.flow_map.guidance.lam_guid)} | ({"only_to_data": True} if only else {})
 
 
 def recipe(cfg: DictConfig) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from .module import FlowModule
 
 
 class ByJump(L.Callback):
-    """Log `by_jump` for jumps of each of `lengths`, centred on t = 1/2, every `every_kimg`."""
+    """Log `by_jump` for jumps of each of `lengths` every `every_kimg`."""
 
     def __init__(self, heldout: Coupling, every_kimg: float, lengths: Sequence[float] = (0.125, 0.25, 0.5, 0.75, 0.95)) -> None:
         self.heldout, self.every_kimg, self.lengths = heldout, every_kimg, lengths
@@ -33,17 +33,21 @@ class ByJump(L.Callback):
 def by_jump(module: FlowModule, batch: Batch, lengths: Sequence[float]) -> dict[str, float]:
     """`error`, the mean square of the objective's g, and `semigroup`, each by length; `heldout_error` is the mean of the errors.
 
-    The warm-up is as it stands, and the flow map is told the weakest guidance that it is trained for.
+    The jumps are centred on t = 1/2; those of a consistency model, which has no semigroup, end at 0. The warm-up is as it stands:
+    its rise is one of the errors, too. The flow map is told the weakest guidance that it is trained for.
     """
     assert isinstance(module.objective, Distillation)
     found: dict[str, float] = {}
-    low = module.objective.lam_guid[0]
+    low, only_to_data = module.objective.lam_guid[0], module.objective.matching.objective.only_to_data
     for length in lengths:
-        t, s, lam_guid = (batch.x0.new_full((len(batch.x0),), z) for z in ((1 + length) / 2, (1 - length) / 2, low))
+        stop = 0.0 if only_to_data else (1 - length) / 2
+        t, s, lam_guid = (batch.x0.new_full((len(batch.x0),), z) for z in (stop + length, stop, low))
         with torch.no_grad():
             error = module.objective.at(module.velocity, batch, t, s, lam_guid, module.global_step).error
-            missed = semigroup(module.velocity, interpolate(batch.x0, batch.x1, t), t, s, batch.label, lam_guid)
-        found |= {f"by_jump/{length:g}/error": error.mean().item(), f"by_jump/{length:g}/semigroup": missed.mean().item()}
+            found[f"by_jump/{length:g}/error"] = error.mean().item()
+            if not only_to_data:
+                missed = semigroup(module.velocity, interpolate(batch.x0, batch.x1, t), t, s, batch.label, lam_guid)
+                found[f"by_jump/{length:g}/semigroup"] = missed.mean().item()
     errors = [value for name, value in found.items() if name.endswith("error")]
     return {"heldout_error": sum(errors) / len(errors)} | found
 

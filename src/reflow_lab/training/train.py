@@ -26,6 +26,7 @@ from ..dyn.objective import Objective
 from ..errors import UserError, require
 from ..flow_maps.adversarial import FineTuning
 from ..flow_maps.distillation import Distillation
+from ..inf.sampler import advise, require_suited
 from ..lrn import online, pairs
 from ..lrn.couplings import (
     HELD_OUT,
@@ -99,6 +100,7 @@ def plan(cfg: DictConfig) -> Artifact:
         instantiate(cfg.net)  # settings that no network takes are refused before any work
     if distil.is_asked(cfg):
         distil.check(cfg)
+    require_suited(instantiate(cfg.inf.solver), description(cfg), instantiate(cfg.inf.guidance))
     mixture = instantiate(cfg.lrn.coupling)
     kinds = mixture.weights if cfg.training.total_kimg else {}
     require_labels(cfg, kinds)
@@ -154,6 +156,8 @@ def require_augmentable(cfg: DictConfig, kinds: Iterable[str]) -> None:
     taken = int(cfg.net.get("network", cfg.net).get("augment_dim", 0))
     allowed = f"needs a network that takes {AUGMENT_DIM} augmentation labels; net.network.augment_dim={taken}"
     require(not probability or taken == AUGMENT_DIM, "training.augment", probability, allowed)
+    untold = "must be 0 for a flow map: neither teacher nor discriminator is told what was done to an image"
+    require(not probability or not distil.is_asked(cfg), "training.augment", probability, untold)
 
 
 def start_file(cfg: DictConfig) -> Path:
@@ -284,6 +288,9 @@ def optimise(
     counts = shares(mixture.weights, options.batch_size)
     if first:
         announce(mixture, objective, counts)
+        advise(instantiate(cfg.inf.solver), description(cfg))
+        if distil.is_asked(cfg):
+            distil.announce(cfg, steps(cfg))
     velocity = prepared(network, cfg)
     names = ("batch_size", "lr", "betas", "warmup_kimg", "gradient_clip", "label_dropout")
     drawn = Prefetched(coupling) if device == "cuda" else coupling
@@ -461,7 +468,7 @@ def description(cfg: DictConfig) -> dict[str, Any]:
         "t_max": cfg.t_max,
         "kimg": cfg.training.total_kimg,
         "label_dropout": cfg.training.label_dropout,
-        **({"lam_guid": parts.plain(cfg.flow_map.guidance.lam_guid)} if distil.is_asked(cfg) else {}),
+        **(distil.description(cfg) if distil.is_asked(cfg) else {}),
         **latents(parts.data_source(cfg)),
     }
 
