@@ -28,6 +28,15 @@ def test_the_distance_is_logit_normal_and_its_place_uniform():
     assert abs(float(torch.corrcoef(torch.stack((place, logit)))[0, 1])) < 0.01
 
 
+def test_a_share_of_distances_is_none_and_the_others_are_as_before():
+    t, s = DistanceTimes(LogitNormal(-0.8, 1.0), share_equal=0.3)(U)
+    equal = t == s
+    assert float(equal.double().mean()) == pytest.approx(0.3, abs=0.005)
+    assert float(t[equal].mean()) == pytest.approx(0.5, abs=0.005) and float(t[equal].std()) == pytest.approx(12**-0.5, abs=0.005)
+    whole_t, whole_s = DistanceTimes(LogitNormal(-0.8, 1.0))(U)
+    assert torch.equal(t[~equal], whole_t[~equal]) and torch.equal(s[~equal], whole_s[~equal])
+
+
 def test_a_share_of_sorted_times_is_flow_matching():
     t, s = SortedTimes(LogitNormal(-0.4, 1.0), share_equal=0.75)(U)
     assert float((t == s).double().mean()) == pytest.approx(0.75, abs=0.005)
@@ -43,7 +52,8 @@ def test_a_consistency_model_jumps_to_data():
     assert not s.any() and float(torch.logit(t).std()) == pytest.approx(1.6, abs=0.02)
 
 
+@pytest.mark.parametrize("law", [DistanceTimes, SortedTimes])
 @pytest.mark.parametrize("share", [-0.1, 1.5])
-def test_mistakes(share):
+def test_mistakes(share, law):
     with pytest.raises(UserError, match=r"flow_map\.times\.share_equal=.*: must lie in \[0, 1\]"):
-        SortedTimes(WIDE, share_equal=share)
+        law(WIDE, share_equal=share)

@@ -1,6 +1,8 @@
 """The jumps of a flow map, from deterministic to renoised, on Gaussian data, whose flow map is exact."""
 
 import itertools
+import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +13,9 @@ from reflow_lab.errors import UserError
 from reflow_lab.flow import T_MAX
 from reflow_lab.gaussian import Gaussian
 from reflow_lab.inf.grids import EDM, Sigmoid, Uniform, ascending
-from reflow_lab.inf.sampler import CountCalls, sample
-from reflow_lab.inf.solvers import FlowMap, row_keys
+from reflow_lab.inf.guidance import ClassifierFree, Unguided
+from reflow_lab.inf.sampler import CountCalls, advise, require_suited, sample
+from reflow_lab.inf.solvers import Euler, FlowMap, row_keys
 from reflow_lab.noise import normal
 
 DATA = Gaussian(mean=0.3, std=0.5)
@@ -130,6 +133,37 @@ def test_the_flow_map_is_asked_once_a_step_with_label_guidance_and_aim() -> None
 def test_upward_is_refused() -> None:
     with pytest.raises(UserError, match=r"inf/solver=flow_map.*noise to data only"):
         FlowMap()(DATA, torch.zeros(2, 2), ascending(Uniform(), 3, T_MAX))
+
+
+def description(**more: Any) -> dict[str, Any]:
+    return {"net": {"network": {"jumps": True}}, "lam_guid": [1.0, 3.0], **more}
+
+
+def test_guidance_of_a_flow_map_is_its_own() -> None:
+    require_suited(FlowMap(), description(), Unguided())
+    require_suited(Euler(), description(), ClassifierFree(weight=1.0))
+    with pytest.raises(UserError, match=r"^inf/guidance=cfg: guides velocities; .*inf\.solver\.lam_guid"):
+        require_suited(FlowMap(), description(), ClassifierFree(weight=1.0))
+    with pytest.raises(UserError, match=r"^pairs/solver=flow_map: needs a flow map"):
+        require_suited(FlowMap(), {"net": {"network": {}}}, key="pairs")
+
+
+ADVICE = {
+    "a velocity": (Euler(), {"net": {"network": {}}}, ""),
+    "as it was trained": (FlowMap(0.5, 2.0), description(), ""),
+    "a strength beyond": (FlowMap(0.0, 3.5), description(), "inf.solver.lam_guid=3.5: .* in [[]1, 3[]] only"),
+    "as a velocity": (Euler(), description(), "taken as a velocity.*inf=flow_map"),
+    "jumps to data": (FlowMap(1.0), description(only_to_data=True), ""),
+    "jumps elsewhere": (FlowMap(0.0), description(only_to_data=True), "inf.solver.gamma=0: this consistency model"),
+}
+
+
+@pytest.mark.parametrize("name", ADVICE)
+def test_what_a_flow_map_was_not_trained_for_is_said(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    solver, about, said = ADVICE[name]
+    advise(solver, about)
+    err = capsys.readouterr().err
+    assert re.search(said, err) if said else not err
 
 
 @pytest.mark.parametrize("gamma", [-0.1, 1.0001, float("nan")])

@@ -139,6 +139,7 @@ def test_how_they_are_drawn_names_the_run(tmp_path, teacher, exact):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["inf/solver@pairs.solver=flow_map"], r"pairs/solver=flow_map: needs a flow map"),
         (["inf/solver@pairs.solver=adaptive"], r"pairs\.solver=.*Adaptive: must be a fixed-step solver"),
         (["pairs.nfe=0"], r"pairs\.nfe=0: must be a whole number of at least 1"),
         (["net.network.num_classes=2", "data=two_moons"], r"net\.network\.num_classes=2: online pairs come with 0 classes"),

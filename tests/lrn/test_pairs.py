@@ -149,6 +149,7 @@ def test_num_pairs_and_seed_stand_in_for_the_configured_ones(cfg):
             "inf/solver@pairs.solver=adaptive",
             r"pairs\.solver=reflow_lab\.inf\.solvers\.Adaptive: must be a fixed-step solver",
         ),
+        ("backward", "inf/solver@pairs.solver=flow_map", "pairs/solver=flow_map: needs a flow map"),
         ("forward", "pairs.num_forward=401", r"pairs\.num_forward=401: only 400 differ .*pairs\.start_noise=true"),
         ("forward", "pairs.num_forward=0", r"pairs\.num_forward=0: must be a whole number"),
         ("backward", "pairs.num_backward=1.5", r"pairs\.num_backward=1\.5: must be a whole number"),

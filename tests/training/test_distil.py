@@ -1,13 +1,23 @@
 """A flow map from its configuration: what its recipe holds, what it starts from, what is refused before any work."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from reflow_lab import parts
+from reflow_lab.dyn.times import LogitNormal
 from reflow_lab.errors import UserError
+from reflow_lab.flow_maps.derivatives import Exact
+from reflow_lab.flow_maps.distillation import Distillation
+from reflow_lab.flow_maps.objectives import Consistency, Matching
+from reflow_lab.flow_maps.times import ToData
+from reflow_lab.lrn.couplings import Batch
 from reflow_lab.networks import files
-from reflow_lab.training.train import plan, train
+from reflow_lab.training.jumps import by_jump
+from reflow_lab.training.train import plan, require_augmentable, train
+from tiny import composed
 from toy import config, teacher_file
 
 WORDS = [
@@ -89,6 +99,56 @@ def test_a_flow_map_goes_on_from_a_flow_map(configured):
     assert json.loads((second / "recipe.json").read_text())["inputs"]["start"] == files.weights_hash(files.find(first))
 
 
+def test_a_consistency_model_is_watched_where_it_jumps(configured, capsys):
+    run = train(configured("flow_map=consistency", "trainer.diagnostics_every_kimg=0.128"))
+    assert files.describe(files.find(run))["only_to_data"] is True
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (last,) = [line for line in lines if line["step"] == 8 and "heldout_error" in line]
+    assert last["by_jump/0.5/error"] > 0 and not any("semigroup" in name for name in last)
+    assert "inf.solver.gamma=0: this consistency model jumps to data only" in capsys.readouterr().err
+
+
+def test_the_errors_of_a_consistency_model_end_at_data():
+    asked = []
+
+    class Watched(Consistency):
+        def __call__(self, student, at, F, field, warmup):
+            asked.append((at.t.unique().tolist(), at.s.unique().tolist()))
+            return F - at.v
+
+    objective = Distillation(Matching(Watched(Exact()), warmup_steps=0), ToData(LogitNormal(0.0, 1.0)), None)
+    module = SimpleNamespace(objective=objective, velocity=lambda x, t, s, **_: x, global_step=0)
+    found = by_jump(module, Batch(torch.randn(6, 2), torch.randn(6, 2), None), (0.25, 0.75))
+    assert asked == [([0.25], [0.0]), ([0.75], [0.0])]
+    assert set(found) == {"heldout_error", "by_jump/0.25/error", "by_jump/0.75/error"}
+
+
+def test_a_warm_up_that_outlasts_the_training_is_said(configured):
+    with pytest.warns(UserWarning, match=r"flow_map.warmup_steps=9: training has 8 steps"):
+        train(configured("flow_map.warmup_steps=9"))
+
+
+def test_a_velocity_does_not_jump(configured):
+    words = ["flow_map=none", "training=reflow", "lrn=base_flow", "inf=flow_map", "training.batch_size=32"]
+    with pytest.raises(UserError, match="inf/solver=flow_map: needs a flow map"):
+        plan(config("train", configured().outputs, f"teacher.path={configured().teacher.path}", *words))
+
+
+def test_a_velocity_of_a_flow_maps_network_is_none(configured):
+    """net=teacher takes its network, which a velocity does not teach to jump."""
+    run = train(configured())
+    cfg = config("train", configured().outputs, f"teacher.path={run}", "training.start=scratch", "lrn=base_flow")
+    cfg.net = {"from": "teacher"}
+    parts.settle_net(cfg)
+    assert cfg.net.network.jumps is False
+
+
+def test_the_teacher_is_not_told_of_augmentation():
+    words = ["experiment=quickstart_flow_map", "training.augment=0.1", "net.network.augment_dim=9"]
+    with pytest.raises(UserError, match=r"training.augment=0.1: must be 0 for a flow map"):
+        require_augmentable(composed("train", *words), ["independent"])
+
+
 WRONG = {
     "autoguidance without a weak model": (["flow_map/guidance=auto"], "flow_map.guidance.how.path=None: needs a run folder"),
     "CFG of an unconditional teacher": (["flow_map/guidance=cfg"], "flow_map.guidance.how=cfg: this flow is unconditional"),
@@ -109,6 +169,19 @@ WRONG = {
         "flow_map.velocity=data: has no teacher to guide",
     ),
     "a negative normalisation": (["flow_map.c=-1"], "flow_map.c=-1: a number > 0, or null"),
+    "a normalisation in words": (["flow_map.c=abc"], "flow_map.c=abc: must be a number"),
+    "no warm-up at all": (["flow_map.warmup_steps=null"], "flow_map.warmup_steps=None: must be a whole number"),
+    "half a step of warm-up": (["flow_map.warmup_steps=2.5"], "flow_map.warmup_steps=2.5: must be a whole number"),
+    "a warm-up to nowhere": (["flow_map.warmup_cap=null"], "flow_map.warmup_cap=None: must be a number"),
+    "a share in words": (["flow_map.times.share_equal=some"], "flow_map.times.share_equal=some: must be a number"),
+    "halves of jumps that nothing holds": (
+        ["flow_map/objective=shortcut", "flow_map.times.share_equal=0"],
+        "flow_map.times=DistanceTimes: never draws s = t, where alone Shortcut learns",
+    ),
+    "a flow map that is guided besides": (
+        ["inf/guidance=auto", "inf.guidance.path=x"],
+        "inf/guidance=auto: guides velocities; a flow map learned its guidance",
+    ),
     "a warm-up beyond 1": (["flow_map.warmup_cap=1.5"], "flow_map.warmup_cap=1.5"),
     "half a step of alignment": (["flow_map.align_steps=0.5"], "flow_map.align_steps=0.5: must be a whole number"),
 }
