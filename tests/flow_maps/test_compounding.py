@@ -1,11 +1,24 @@
 """The theorem's table, from the recursion and from the sampler, and its files."""
 
+import math
+
 import pytest
 from matplotlib.figure import Figure
 
 from reflow_lab.artifacts import read_json
 from reflow_lab.flow_maps import compounding
-from reflow_lab.flow_maps.compounding import DIM, ROWS, consistency_w2, delta, draw_trained, eta, flow_map_w2, measured_w2
+from reflow_lab.flow_maps.compounding import (
+    DIM,
+    ROWS,
+    consistency_w2,
+    delta,
+    draw_trained,
+    eta,
+    flow_map_w2,
+    growth,
+    measured_w2,
+    trained_markdown,
+)
 from reflow_lab.studies import results
 
 STEPS = (1, 2, 3, 4, 8, 16, 64, 256)
@@ -87,12 +100,27 @@ def test_the_table_and_its_picture(tmp_path, monkeypatch, seeds):
 
 
 def test_trained_models_are_shown_by_the_root_of_their_distance(monkeypatch):
-    """Mean and interval over seeds of W2 itself, not the root of the mean."""
+    """Geometric mean and interval over seeds of W2, of values that differ by factors."""
     axes, shown = Figure().subplots(), {}
     monkeypatch.setattr(axes, "errorbar", lambda x, y, errors, **_: shown.update(x=x, y=y, errors=errors))
     cells = [
-        {"name": "a", "protocol": {"nfe": 1}, "seed": s, "d": v, "floor": 1e-4, "num_images": 9} for s, v in ((0, 1.0), (1, 9.0))
+        {"name": "a", "protocol": {"nfe": 1}, "seed": s, "d": v, "floor": 1e-4, "num_images": 9} for s, v in ((0, 1.0), (1, 16.0))
     ]
     draw_trained(axes, {"distance": "d", "nfe": [1], "seeds": [0, 1], "rows": [{"name": "a"}], "cells": cells})
     assert (shown["x"], shown["y"]) == ([1], [2.0])
-    assert shown["errors"] == pytest.approx([12.7062], rel=1e-4)  # t(0.975, 1) of a standard error of 1
+    factor = math.exp(12.7062 * math.log(2))  # t(0.975, 1) of a standard error of ln 2
+    assert shown["errors"] == [pytest.approx([2 - 2 / factor]), pytest.approx([2 * factor - 2], rel=1e-4)]
+
+
+def test_growth_is_measured_within_each_seed():
+    """Factors of 2 and 8 whatever the seeds' own levels: 4, with the t interval of the logarithms."""
+    levels = {(0, 2): 1.0, (0, 8): 4.0, (1, 2): 100.0, (1, 8): 6400.0}  # of W2 squared
+    cells = [
+        {"name": "a", "protocol": {"nfe": nfe}, "seed": s, "d": v, "floor": 0.01, "num_images": 9}
+        for (s, nfe), v in levels.items()
+    ]
+    study = {"distance": "d", "nfe": [1, 2, 8], "seeds": [1, 0], "rows": [{"name": "a"}], "cells": cells}
+    found, half = growth(study, "a", 2, 8), 12.7062 * math.log(2)
+    assert (found.value, found.low, found.high) == pytest.approx((4, 4 / math.exp(half), 4 * math.exp(half)), rel=1e-4)
+    text = trained_markdown({**study, "nfe": [2, 8]})
+    assert "| K | 2 | 8 | from 2 to 8 |" in text and "| × 4.00 (" in text and "Real points are 0.1000 away" in text

@@ -6,6 +6,7 @@ by as much. `python -m reflow_lab.flow_maps.compounding FOLDER` writes both as t
 the trained models of the study in that folder beside them.
 """
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import Tensor
 from ..artifacts import write_atomically, write_json
 from ..evaluation.frechet import Moments, Reference
 from ..evaluation.intervals import Z95, mean_interval
+from ..evaluation.values import Interval
 from ..flow import append_dims
 from ..gaussian import Gaussian
 from ..inf.grids import Uniform
@@ -120,13 +122,15 @@ def theorem(num_steps: int) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Compute and measure the table, and write theorem.json, theorem.md and over_k.png into a folder."""
+    """Compute, measure and write theorem.json, theorem.md and over_k.png into a folder, and trained.md beside a study."""
     (folder,) = map(Path, argv)
     folder.mkdir(parents=True, exist_ok=True)
     about = {"std": STD, "samples": ROWS * DIM, "rows": [theorem(num_steps) for num_steps in STEPS]}
     write_json(folder / "theorem.json", about)
     write_atomically(folder / "theorem.md", lambda path: path.write_text(markdown(about)))
     trained = results.read(folder) if (folder / results.FILE).exists() else None
+    if trained is not None:
+        write_atomically(folder / "trained.md", lambda path: path.write_text(trained_markdown(trained)))
     write_atomically(folder / "over_k.png", lambda path: plot(about, trained, path))
 
 
@@ -182,12 +186,52 @@ def draw_theorem(axes: Any, about: dict[str, Any]) -> None:
     axes.set_title(f"the theorem, data N(0, {about['std']}$^2$)", fontsize=10)
 
 
-def draw_trained(axes: Any, trained: results.Result) -> None:
-    """The rows of the study: the mean over training seeds of W2, the root of its distance, with 95 % intervals over seeds."""
-    cells, name = trained["cells"], trained["distance"]
+def trained_w2(trained: results.Result, row: str, num_steps: int) -> list[float]:
+    """W2, the root of the study's distance, of a row after so many steps, by training seed."""
+    cells = {c["seed"]: c for c in results.of(trained["cells"], row, num_steps)}
+    return [float(cells[seed][trained["distance"]]) ** 0.5 for seed in trained["seeds"]]
+
+
+def geometric_mean(values: Sequence[float]) -> Interval:
+    """The geometric mean over training seeds with the 95 % t interval of the logarithms, whose std it has: W2 is skewed."""
+    value, std, low, high = mean_interval([math.log(value) for value in values])
+    return Interval(math.exp(value), std, math.exp(low), math.exp(high))
+
+
+def growth(trained: results.Result, row: str, first: int, last: int) -> Interval:
+    """W2 after `last` steps over W2 after `first` of the same training seed, as a geometric mean."""
+    both = zip(*(trained_w2(trained, row, num_steps) for num_steps in (first, last)), strict=True)
+    return geometric_mean([after / before for before, after in both])
+
+
+def trained_markdown(trained: results.Result) -> str:
+    """The rows of the study over K, and by what factor each grew from two steps (its second number of them) to the last."""
+    steps, seeds = trained["nfe"], trained["seeds"]
+    first, last = steps[1 if len(steps) > 2 else 0], steps[-1]
+    told = "geometric means over training seeds with 95 % intervals, the last column of ratios within a seed"
+    num = f"{trained['cells'][0]['num_images']:,}"
+    lines = [
+        f"W2 between the moments of {num} samples and the data's after K steps, seeds {seeds[0]} to {seeds[-1]}: {told}.",
+        f"Real points are {trained['cells'][0]['floor'] ** 0.5:.4f} away.",
+        "",
+        f"| K | {' | '.join(map(str, steps))} | from {first} to {last} |",
+        f"|---{'|---' * (len(steps) + 1)}|",
+    ]
     for row in trained["rows"]:
-        found = [mean_interval([c[name] ** 0.5 for c in results.of(cells, row["name"], nfe)]) for nfe in trained["nfe"]]
-        errors = [m.value - m.low for m in found]
+        name = row["name"]
+        found = [geometric_mean(trained_w2(trained, name, num_steps)) for num_steps in steps]
+        shown = [f"{m.value:.4f} ({m.low:.4f}–{m.high:.4f})" for m in found]
+        ratio = growth(trained, name, first, last)
+        lines.append(f"| {name} | {' | '.join(shown)} | × {ratio.value:.2f} ({ratio.low:.2f}–{ratio.high:.2f}) |")
+    return "\n".join([*lines, ""])
+
+
+def draw_trained(axes: Any, trained: results.Result) -> None:
+    """The rows of the study: the geometric mean over training seeds of W2, with 95 % intervals over seeds."""
+    cells = trained["cells"]
+    for row in trained["rows"]:
+        found = [geometric_mean(trained_w2(trained, row["name"], nfe)) for nfe in trained["nfe"]]
+        errors = [[m.value - m.low for m in found], [m.high - m.value for m in found]]
         axes.errorbar(trained["nfe"], [m.value for m in found], errors, marker="o", ms=3, capsize=2, label=row["name"])
     axes.axhline(cells[0]["floor"] ** 0.5, color="grey", lw=0.8, ls=":", label="real points")
     axes.set_title(f"trained, {len(trained['seeds'])} seeds, {cells[0]['num_images']:,} points", fontsize=10)
