@@ -12,6 +12,7 @@ from test_train_networks import SMALL, WIDE
 from reflow_lab import parts
 from reflow_lab.errors import UserError
 from reflow_lab.flow import flow_map, interpolate
+from reflow_lab.flow_maps import derivatives
 from reflow_lab.flow_maps.adversarial import FineTuning, last_weight
 from reflow_lab.flow_maps.distillation import Distillation
 from reflow_lab.networks import files
@@ -82,6 +83,23 @@ def test_it_moves_the_flow_map_and_logs_both_sides(words, tuned):
     assert not (tuned / "align.json").exists()
     recipe = json.loads((tuned / "recipe.json").read_text())
     assert recipe["config"]["flow_map"]["adversarial"]["r1"] == 0.1
+
+
+@pytest.mark.slow
+def test_compiled_it_is_the_same_training(words, tmp_path):
+    """By inductor, whose graphs keep what the gradient at the last layer asks for before the step's own backward pass."""
+    torch._dynamo.reset()
+    derivatives.compiled_product.cache_clear()
+    short = ["training.total_kimg=0.128"]
+    plain, compiled = (
+        train(config("train", tmp_path / str(wanted), *words, *short, f"training.compile={str(wanted).lower()}"))
+        for wanted in (False, True)
+    )
+    ours, theirs = (load_file(files.find(folder, "raw")) for folder in (compiled, plain))
+    start = load_file(files.find(start_of(words), "raw"))
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours[key], value, rtol=1e-2, atol=1e-3)
+    assert any((value - start[key]).abs().max() > 1e-3 for key, value in theirs.items())
 
 
 def test_without_a_weight_it_is_distillation(words, tmp_path):
