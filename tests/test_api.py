@@ -13,7 +13,7 @@ from reflow_lab import api, parts
 from reflow_lab.errors import UserError
 from reflow_lab.flow import T_MAX
 from reflow_lab.inf.grids import Uniform
-from reflow_lab.inf.solvers import Euler
+from reflow_lab.inf.solvers import Euler, FlowMap
 from reflow_lab.lrn.store import pair_noise
 from reflow_lab.networks import files
 
@@ -91,6 +91,19 @@ def test_the_default_sampler_is_the_improved_one(flow, images):
     assert not torch.equal(made, reflow_lab.sample(flow, 2, nfe=5, solver=Euler(), grid=Uniform()))
 
 
+def test_a_flow_map_is_sampled_by_its_own_jumps(tmp_path):
+    torch.manual_seed(0)
+    net = {"_target_": "reflow_lab.networks.preconditioning.Preconditioned", "sigma_data": 1.0}
+    net["network"] = {"_target_": "reflow_lab.networks.mlp.MLP", "dim": 2, "width": 8, "jumps": True}
+    about = {"net": net, "shape": [2], "num_classes": 0, "t_max": T_MAX}
+    for name, more, gamma in (("jumps", {}, 0.0), ("to_data", {"only_to_data": True}, 1.0)):
+        files.save(instantiate(net), tmp_path / f"{name}.safetensors", about | more)
+        loaded = reflow_lab.load(tmp_path / f"{name}.safetensors")
+        made = reflow_lab.sample(loaded, 3, nfe=2)
+        assert torch.equal(made, reflow_lab.sample(loaded, 3, nfe=2, solver=FlowMap(gamma), grid=Uniform()))
+        assert not torch.equal(made, reflow_lab.sample(loaded, 3, nfe=2, solver=FlowMap(0.5), grid=Uniform()))
+
+
 def test_labels(conditional):
     zeros, ones = (reflow_lab.sample(conditional, 4, nfe=1, label=torch.full((4,), y)) for y in (0, 1))
     default = reflow_lab.sample(conditional, 4, nfe=1, batch_size=3)
@@ -106,6 +119,7 @@ MISTAKES = {
     "t_max=1.1": {"t_max": 1.1},
     "num_images=0": {"num_images": 0},
     "batch_size=0": {"batch_size": 0},
+    "solver=heun: must be one of reflow_lab.inf.solvers": {"solver": "heun"},
     "label=given: must be omitted": {"label": torch.zeros(2, dtype=torch.long)},
 }
 

@@ -116,6 +116,14 @@ def test_what_a_run_is():
     assert runs.what(config("training.total_kimg=0")) == "untrained"
 
 
+def test_a_flow_map_is_called_one_and_has_no_dynamics():
+    words = ["training=flow_map", "lrn=flow_map", "inf=improved"]
+    for preset, kind in {"ayf": "flow map", "meanflow": "flow map", "consistency": "consistency model"}.items():
+        assert runs.what(config(f"flow_map={preset}", *words)) == kind
+    assert runs.what(config("flow_map=ayf", "flow_map/adversarial=stylegan2", *words)) == "adversarial flow map"
+    assert runs.title(config("flow_map=ayf", "dyn=improved", *words)) == "flow map dropout+grid+solver, seed 0"
+
+
 def test_a_run_without_a_name_is_named_after_what_is_on():
     assert runs.title(config("lrn=base_flow", "training=base_flow", "seed=4")) == "base flow, seed 4"
     assert runs.title(config("dyn=baseline", "lrn=baseline", "inf=baseline")) == "ReFlow baseline, seed 0"

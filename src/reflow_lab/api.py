@@ -7,6 +7,7 @@
 torch.Size([4, 1, 32, 32])
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from torch import Tensor, nn
 
 from .data.autoencoder import Codec
 from .errors import require
-from .inf.grids import Grid, Sigmoid
+from .inf.grids import Grid, Sigmoid, Uniform
 from .inf.guidance import Guidance, check
 from .inf.sampler import advise, require_suited
 from .inf.sampler import sample as integrate
-from .inf.solvers import DPM, Solver
+from .inf.solvers import DPM, FlowMap, Solver
 from .lrn.store import pair_labels, pair_noise
 from .networks import files
 from .noise import chunks
@@ -75,16 +76,19 @@ def sample(
 ) -> Tensor:
     """Samples, float32 (num_images, *velocity.shape) on the CPU; images are about [-1, 1], not clipped; see `Flow.decode`.
 
-    `nfe` calls of the velocity a sample, by default with the improved INF: DPM-Solver(r = 0.4) on the sigmoid grid, from the
-    flow's own t_max. Noise is keyed by (seed, index): the first images of a larger call are the same, to rounding. `label`
-    int64 (num_images,) for a conditional flow, by default uniform over the classes. `guidance`: `ClassifierFree(weight=0.4)` or
-    `Auto(path=..., weight=0.7)` of `inf.guidance`. Runs where the velocity's weights are.
+    `nfe` calls of the velocity a sample, by default with the improved INF: DPM-Solver(r = 0.4) on the sigmoid grid, or the jumps
+    of a flow map on the uniform one, from the flow's own t_max. Noise is keyed by (seed, index): the first images of a larger
+    call are the same, to rounding. `label` int64 (num_images,) for a conditional flow, by default uniform over the classes.
+    `guidance`: `ClassifierFree(weight=0.4)` or `Auto(path=..., weight=0.7)` of `inf.guidance`. Runs where the weights are.
     Raises `UserError` if a number is below 1, t_max outside (0, 1], or labels or guidance do not fit.
     """
     for key, value in {"num_images": num_images, "batch_size": batch_size}.items():
         require(isinstance(value, int) and value >= 1, key, value, "must be a whole number of at least 1")
-    require_suited(solver or DPM(), velocity.description, guidance)
-    advise(solver or DPM(), velocity.description)
+    own_solver, own_grid = suited(velocity.description)
+    solver, grid = solver or own_solver, grid or own_grid
+    require(hasattr(solver, "num_steps"), "solver", solver, "must be one of reflow_lab.inf.solvers, e.g. Heun()")
+    require_suited(solver, velocity.description, guidance)
+    advise(solver, velocity.description)
     device, start = next(velocity.parameters()).device, velocity.t_max if t_max is None else t_max
     uniform = pair_labels(seed, np.arange(num_images), velocity.num_classes)
     given = uniform if label is None else fitting(label, velocity.num_classes, num_images)
@@ -93,8 +97,15 @@ def sample(
     for chunk in chunks(np.arange(num_images), batch_size):
         x1 = pair_noise(seed, chunk, velocity.shape).to(device)
         y = None if given is None else given[torch.from_numpy(chunk)].to(device)
-        made.append(integrate(guided, x1, solver=solver or DPM(), grid=grid or Sigmoid(), nfe=nfe, t_max=start, label=y).cpu())
+        made.append(integrate(guided, x1, solver=solver, grid=grid, nfe=nfe, t_max=start, label=y).cpu())
     return torch.cat(made)
+
+
+def suited(description: Mapping[str, Any]) -> tuple[Solver, Grid]:
+    """The solver and grid for a flow of this description where none are given."""
+    if not files.jumps(description):
+        return DPM(), Sigmoid()
+    return FlowMap(gamma=1.0 if description.get("only_to_data") else 0.0), Uniform()
 
 
 def fitting(label: Tensor, num_classes: int, num_images: int) -> Tensor:

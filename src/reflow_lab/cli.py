@@ -43,7 +43,7 @@ VERBS = {
     "data": Verb(
         "reflow_lab.data.prepare:main", "make a data set's zip, in EDM's format, from the official files", is_hydra=False
     ),
-    "train": Verb("reflow_lab.training.train:train", "train a base flow or a ReFlow; the same command again resumes"),
+    "train": Verb("reflow_lab.training.train:train", "train a base flow, a ReFlow or a flow map; the same command again resumes"),
     "pairs": Verb("reflow_lab.lrn.pairs:pairs", "draw pairs of noise and image from a velocity into a pair store"),
     "store": Verb("reflow_lab.lrn.inspection:main", "look into a pair store: info, verify, diagnose", is_hydra=False),
     "evaluate": Verb(

@@ -119,7 +119,8 @@ def _unknown_key(key: str, verb: str, overrides: Sequence[str]) -> str:
     children = [name for name in names if name.startswith(parent) and "." not in name.removeprefix(parent)]
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(children))}"
     add = f" (+{mistaken[0]} hands a new argument to its _target_)" if mistaken and f"{parent}_target_" in names else ""
-    return f"{mistaken[0] if mistaken else key}: no such key; {hint}{add}"
+    rows = f" (++{mistaken[0].lstrip('+')} if the study's rows have it)" if mistaken and verb == "study" else ""
+    return f"{mistaken[0] if mistaken else key}: no such key; {hint}{add}{rows}"
 
 
 def _existing_parent(key: str, names: set[str]) -> str:

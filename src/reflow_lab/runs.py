@@ -48,9 +48,20 @@ def select(config: Mapping[str, Any], key: str) -> Any:
 def improvements(config: Mapping[str, Any]) -> list[str]:
     """The names of the improvements that are on in a run's configuration.
 
-    One that is another than the baseline and than the paper's, e.g. EDM's weight, is not on.
+    One that is another than the baseline and than the paper's, e.g. EDM's weight, is not on. DYN's do not act in a flow map.
     """
-    return [name for name, (key, is_on) in IMPROVEMENTS.items() if _holds(is_on, config, key)]
+    acting = {name: how for name, how in IMPROVEMENTS.items() if not (flow_map(config) and name in STAGES["dyn"])}
+    return [name for name, (key, is_on) in acting.items() if _holds(is_on, config, key)]
+
+
+def flow_map(config: Mapping[str, Any]) -> str | None:
+    """What kind of flow map a run trained; None for a velocity."""
+    options = config.get("flow_map") or {}
+    if not options.get("objective"):
+        return None
+    if (options.get("adversarial") or {}).get("_target_"):
+        return "adversarial flow map"
+    return "consistency model" if named(options["objective"]) == "Consistency" else "flow map"
 
 
 def _holds(is_on: Callable[[Mapping[str, Any]], bool], config: Mapping[str, Any], key: str) -> bool:
@@ -76,9 +87,11 @@ def data_name(config: Mapping[str, Any]) -> str:
 
 
 def what(config: Mapping[str, Any]) -> str:
-    """Whether a run is a base flow, of pairs from data alone, or a ReFlow; `untrained` where it only took over weights."""
+    """A kind of flow map, a base flow, of pairs from data alone, or a ReFlow; `untrained` where it only took over weights."""
     if not select(config, "training.total_kimg"):
         return "untrained"
+    if kind := flow_map(config):
+        return kind
     coupling = select(config, "lrn.coupling")
     kinds = [kind for kind, share in coupling.items() if kind != "_target_" and share]
     return "base flow" if set(kinds) <= {*BASE_FLOW} else "ReFlow"

@@ -144,6 +144,8 @@ def test_guidance_of_a_flow_map_is_its_own() -> None:
     require_suited(Euler(), description(), ClassifierFree(weight=1.0))
     with pytest.raises(UserError, match=r"^inf/guidance=cfg: guides velocities; .*inf\.solver\.lam_guid"):
         require_suited(FlowMap(), description(), ClassifierFree(weight=1.0))
+    with pytest.raises(UserError, match=r"^inf/solver=Euler: solves an ODE, and this consistency model"):
+        require_suited(Euler(), description(only_to_data=True))
     with pytest.raises(UserError, match=r"^pairs/solver=flow_map: needs a flow map"):
         require_suited(FlowMap(), {"net": {"network": {}}}, key="pairs")
 

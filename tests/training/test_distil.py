@@ -123,9 +123,9 @@ def test_the_errors_of_a_consistency_model_end_at_data():
     assert set(found) == {"heldout_error", "by_jump/0.25/error", "by_jump/0.75/error"}
 
 
-def test_a_warm_up_that_outlasts_the_training_is_said(configured):
-    with pytest.warns(UserWarning, match=r"flow_map.warmup_steps=9: training has 8 steps"):
-        train(configured("flow_map.warmup_steps=9"))
+def test_a_warm_up_that_outlasts_the_training_is_said(configured, capsys):
+    train(configured("flow_map.warmup_steps=9"))
+    assert "flow_map.warmup_steps=9: training has 8 steps" in capsys.readouterr().err
 
 
 def test_a_velocity_does_not_jump(configured):
@@ -141,6 +141,8 @@ def test_a_velocity_of_a_flow_maps_network_is_none(configured):
     cfg.net = {"from": "teacher"}
     parts.settle_net(cfg)
     assert cfg.net.network.jumps is False
+    with pytest.raises(UserError, match=r"training.start=.*: is a flow map, whose weights no velocity can take over"):
+        plan(config("train", configured().outputs, f"teacher.path={run}", f"training.start={run}", "lrn=base_flow"))
 
 
 def test_the_teacher_is_not_told_of_augmentation():

@@ -23,7 +23,7 @@ from ..flow import MeanVelocity
 from ..inf import auto, guidance
 from ..inf.grids import Uniform
 from ..inf.sampler import CountCalls, advise, require_suited, sample, sampling_times
-from ..inf.solvers import Euler, TwoCall
+from ..inf.solvers import Euler, FlowMap, TwoCall
 from ..lrn.store import pair_labels, pair_noise
 from ..networks import files
 from ..noise import Indices, chunks
@@ -76,6 +76,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     if cfg.t_max is None:
         cfg.t_max = run.t_max
     check(cfg)
+    untold = "searches samplers of velocities; this is a flow map, whose own is inf=flow_map"
+    require(not (auto.is_asked(cfg) and files.jumps(run.description)), "inf", "auto", untold)
     require_suited(solver := instantiate(cfg.inf.solver), run.description, instantiate(cfg.inf.guidance))
     advise(solver, run.description)
     found = [settled(one, run) for one in by_seed(cfg)]
@@ -269,8 +271,13 @@ def times(cfg: DictConfig) -> list[float]:
 
 
 def effective_solver(cfg: DictConfig) -> dict[str, Any]:
-    """The configured solver, or Euler's rule for a two-call solver with no call to spare for a second one, as at 1 and 2 NFE."""
+    """The configured solver, or what is the same at so few calls.
+
+    Euler's rule for a two-call solver with no call to spare for a second one, as at 1 and 2 NFE; a single jump adds no noise.
+    """
     solver = instantiate(cfg.inf.solver)
+    if isinstance(solver, FlowMap):
+        return {**parts.plain(cfg.inf.solver), "gamma": float(solver.gamma) if cfg.nfe > 1 else 0.0}
     is_euler = isinstance(solver, TwoCall) and solver.num_steps(cfg.nfe, cfg.t_max, 0.0) == cfg.nfe
     return {"_target_": f"{Euler.__module__}.Euler"} if is_euler else parts.plain(cfg.inf.solver)
 

@@ -44,11 +44,13 @@ class CountCalls:
 
 
 def require_suited(solver: Solver, description: Mapping[str, Any], how: object = None, key: str = "inf") -> None:
-    """Raise a `UserError` for jumps of a flow that is no flow map, or of one that is guided besides.
+    """Raise a `UserError` for jumps of a velocity or of a flow map that is guided besides, and for a consistency model's ODE.
 
     description: of its weight file. how: the guidance. key: under which solver and guidance stand.
     """
     if not isinstance(solver, FlowMap):
+        only = "solves an ODE, and this consistency model, which only jumps to data, has no velocity: flow_map with gamma=1"
+        require(not description.get("only_to_data"), f"{key}/solver", type(solver).__name__, only)
         return
     velocity = "needs a flow map (flow_map=ayf in training), and this flow is a velocity"
     require(jumps(description), f"{key}/solver", "flow_map", velocity)

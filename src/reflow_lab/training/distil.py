@@ -1,6 +1,6 @@
 """A flow map from its configuration: the objective with its teacher, the guidance of that, and what of all this is recorded."""
 
-import warnings
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,15 +53,15 @@ def check(cfg: DictConfig) -> None:
 
 
 def announce(cfg: DictConfig, num_steps: int) -> None:
-    """Warn of a warm-up that ends after the training, and of strengths that fine-tuning lets be forgotten."""
+    """Say on stderr of a warm-up that ends after the training, and of strengths that fine-tuning lets be forgotten."""
     rises = cfg.flow_map.warmup_steps
     if rises > num_steps:
         said = f"flow_map.warmup_steps={rises}: training has {num_steps} steps, so the derivative never counts as it should"
-        warnings.warn(said, stacklevel=1)
+        print(said, file=sys.stderr)
     learned = files.describe(files.find(cfg.training.start)).get("lam_guid") if is_adversarial(cfg) else None
     told = parts.plain(cfg.flow_map.guidance.lam_guid)
     if learned not in (None, told):
-        warnings.warn(f"flow_map.guidance.lam_guid={told}: the flow map that it starts from learned {learned}", stacklevel=1)
+        print(f"flow_map.guidance.lam_guid={told}: the flow map that it starts from learned {learned}", file=sys.stderr)
 
 
 def is_adversarial(cfg: DictConfig) -> bool:

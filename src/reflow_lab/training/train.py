@@ -100,6 +100,9 @@ def plan(cfg: DictConfig) -> Artifact:
         instantiate(cfg.net)  # settings that no network takes are refused before any work
     if distil.is_asked(cfg):
         distil.check(cfg)
+    if cfg.training.start != "scratch" and not distil.is_asked(cfg):
+        jumps = "is a flow map, whose weights no velocity can take over: training.start=scratch, or the velocity it was made from"
+        require(not files.jumps(files.describe(start_file(cfg))), start_key(cfg), start_file(cfg), jumps)
     require_suited(instantiate(cfg.inf.solver), description(cfg), instantiate(cfg.inf.guidance))
     mixture = instantiate(cfg.lrn.coupling)
     kinds = mixture.weights if cfg.training.total_kimg else {}
@@ -430,6 +433,7 @@ def quiet_trainer(**settings: Any) -> L.Trainer:
     """A Lightning trainer that leaves bars, checkpoints and advice to us."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", ".*torch.jit.script", FutureWarning)  # which torch's forward mode calls itself
     return L.Trainer(
         enable_checkpointing=False,
         enable_progress_bar=False,
