@@ -4,8 +4,8 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
-from reflow_lab.studies.description import Study
-from reflow_lab.studies.request import place
+from reflow_lab.studies.description import Row, Study
+from reflow_lab.studies.request import overruled, place
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,17 @@ def test_a_mistake_is_answered_without_torch(tmp_path, words, says):
     code = f"import sys; from reflow_lab.cli import main; print(main(['study', *{words}]), 'torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert found.stdout == "2 False\n" and says in found.stderr and found.stderr.count("\n") == 1
+
+
+def test_what_rows_do_not_heed_is_said():
+    rows = (Row("a", ("inf.solver.gamma=1", "flow_map=ayf")), Row("b", ("flow_map=lmd",)), Row("c", ("flow_map=lmd",)))
+    given = ["++inf.solver.gamma=0", "flow_map=lmd", "trainer=cpu"]
+    expected = ["++inf.solver.gamma=0: not heeded by rows that set it themselves: a"]
+    assert overruled(Study("", (), (), rows), ["a", "b"], given) == [
+        *expected,
+        "flow_map=lmd: not heeded by rows that set it themselves: a",
+    ]
+    assert overruled(Study("", (), (), rows), ["b", "c"], given) == []
 
 
 @pytest.mark.parametrize(

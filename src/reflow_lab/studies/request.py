@@ -50,6 +50,16 @@ def merged(*groups: Sequence[str]) -> list[str]:
     return list(last.values())
 
 
+def overruled(study: Study, names: Sequence[str], given: Sequence[str]) -> list[str]:
+    """What the command line says in vain: those of these rows that set the same key to something else, a line each word."""
+    own = {row.name: {key(word): word for word in row.overrides} for row in study.rows if row.name in names}
+
+    def deaf(word: str) -> list[str]:
+        return [name for name, words in own.items() if words.get(key(word), word) != word]
+
+    return [f"{word}: not heeded by rows that set it themselves: {', '.join(deaf(word))}" for word in given if deaf(word)]
+
+
 def key(override: str) -> str:
     """The key or group that an override is about."""
     return override.lstrip("+~").split("=")[0]

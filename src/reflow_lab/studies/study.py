@@ -6,6 +6,7 @@ Hydra launcher is chosen. Jobs that need the same run or pairs wait for whicheve
 
 import contextlib
 import copy
+import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ from ..training import train
 from . import estimates, results, table, traces
 from .description import LINKS, Row, Study, chosen, load
 from .figure import draw_samples
-from .request import asked, key, merged, own_overrides, place
+from .request import asked, key, merged, overruled, own_overrides, place
 
 FAILED = ".failed"  #: in a run's folder: why its training failed last
 SHARED_KEYS = ("data", "teacher", "evaluation", "precision")  #: without which numbers of two rows do not compare
@@ -191,6 +192,8 @@ def jobs(cfg: DictConfig, given: Sequence[str]) -> list[Job]:
     require_comparable(plan(described, names, seeds, own))
     found = [Job(n, row.name, seed) for n, row in enumerate(described.rows) if row.name in names for seed in seeds]
     steps = len(described.nfe)
+    for line in overruled(described, names, own):
+        print(line, file=sys.stderr)
     print(f"{described.title}: {len(found)} runs, each measured at {steps} step counts; what is finished is read back")
     return found
 
