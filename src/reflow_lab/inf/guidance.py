@@ -33,7 +33,7 @@ class Guidance:
     """How strong guidance is, and at which times: `weight` is any finite w, 0 <= low < high <= 1."""
 
     kind: ClassVar[str]
-    weight: float
+    weight: float = 1.0
     low: float = 0.0
     high: float = 1.0
 
