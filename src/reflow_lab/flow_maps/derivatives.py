@@ -130,7 +130,8 @@ class Exact:
         if not is_compiled(student):
             return product(student, primals, tangent).to(at.x_t.dtype)
         copied = [z.clone() for z in primals]  # torch 2.15 fails to trace a view of a view with a tangent
-        return compiled_product()(student, tuple(copied), tangent).to(at.x_t.dtype)
+        with torch._dynamo.config.patch(optimize_ddp=False):  # type: ignore[attr-defined]  # it splits graphs, and tangents with them
+            return compiled_product()(student, tuple(copied), tangent).to(at.x_t.dtype)
 
 
 @dataclass(frozen=True)
