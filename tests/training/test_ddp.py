@@ -82,7 +82,7 @@ def two(cfg, variables=TORCHRUN, stop_at=None) -> list[int | None]:
     for one in spawned:
         one.start()
     for one in spawned:
-        one.join(120)
+        one.join(300)
         one.kill()
     return [one.exitcode for one in spawned]
 
