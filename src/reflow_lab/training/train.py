@@ -100,9 +100,8 @@ def plan(cfg: DictConfig) -> Artifact:
         instantiate(cfg.net)  # settings that no network takes are refused before any work
     if distil.is_asked(cfg):
         distil.check(cfg)
-    if cfg.training.start != "scratch" and not distil.is_asked(cfg):
-        jumps = "is a flow map, whose weights no velocity can take over: training.start=scratch, or the velocity it was made from"
-        require(not files.jumps(files.describe(start_file(cfg))), start_key(cfg), start_file(cfg), jumps)
+    elif cfg.training.start != "scratch":
+        require_velocity(start_file(cfg), start_key(cfg))
     require_suited(instantiate(cfg.inf.solver), description(cfg), instantiate(cfg.inf.guidance))
     mixture = instantiate(cfg.lrn.coupling)
     kinds = mixture.weights if cfg.training.total_kimg else {}
@@ -177,6 +176,12 @@ def start_key(cfg: DictConfig) -> str:
 def origin(cfg: DictConfig) -> Path | None:
     """The weight file that training starts from; None from scratch."""
     return None if cfg.training.start == "scratch" else start_file(cfg)
+
+
+def require_velocity(path: Path, key: str) -> None:
+    """Raise a `UserError` for the weights of a flow map, which a velocity's network cannot take."""
+    jumps = "is a flow map, whose weights no velocity can take over: training.start=scratch, or the velocity it was made from"
+    require(not files.jumps(files.describe(path)), key, path, jumps)
 
 
 def start(cfg: DictConfig) -> nn.Module:
@@ -290,10 +295,7 @@ def optimise(
     objective = objective_of(cfg, network)
     counts = shares(mixture.weights, options.batch_size)
     if first:
-        announce(mixture, objective, counts)
-        advise(instantiate(cfg.inf.solver), description(cfg))
-        if distil.is_asked(cfg):
-            distil.announce(cfg, steps(cfg))
+        announce(cfg, mixture, objective, counts)
     velocity = prepared(network, cfg)
     names = ("batch_size", "lr", "betas", "warmup_kimg", "gradient_clip", "label_dropout")
     drawn = Prefetched(coupling) if device == "cuda" else coupling
@@ -375,12 +377,15 @@ def snapshots(cfg: DictConfig, folder: Path, network: nn.Module, ema: EMA) -> li
     return [Snapshots(ema, network, folder / "snapshots", about, **how)]
 
 
-def announce(mixture: Mixture, objective: Objective | Distillation, counts: Mapping[str, int]) -> None:
-    """Say in a line how many pairs of each kind a batch holds; warns where the objective does not suit them."""
+def announce(cfg: DictConfig, mixture: Mixture, objective: Objective | Distillation, counts: Mapping[str, int]) -> None:
+    """Say how many pairs of each kind a batch holds, and what is allowed but perhaps not meant."""
     if mixture.stochastic and not objective.theory_preserving:
         kinds = " and ".join(mixture.stochastic)
         warnings.warn(f"{BIASED} {kinds} pairs; see dyn/weight=learned_normalisation", stacklevel=1)
     print(f"pairs in a batch of {sum(counts.values())}: {', '.join(f'{count} {kind}' for kind, count in counts.items())}")
+    advise(instantiate(cfg.inf.solver), description(cfg))
+    if distil.is_asked(cfg):
+        distil.announce(cfg, steps(cfg))
 
 
 def watchers(cfg: DictConfig, folder: Path, heldout: Coupling) -> list[L.Callback]:
